@@ -1,0 +1,13 @@
+out_dir = "out/reflow-nano"
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 256
+batch_size = 16
+micro_batch_size = 8
+max_steps = 20
+warmup_steps = 5
+lr = 3e-3
+min_lr = 3e-4
+eval_interval = 10
+save_interval = 10

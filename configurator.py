@@ -1,0 +1,268 @@
+"""Config files and `--key=value` overrides, turned into typed dataclasses.
+
+    python train.py config/reflow_nano.py --max_steps=200 --device=cpu
+
+A config file holds `name = expression` lines. It is parsed, never executed: a stranger's file is data. Keys
+are flat and each belongs to one dataclass. A later setting wins over an earlier one, the command line over
+every file. Standard library only, so that `--help` answers before torch is imported.
+"""
+
+import ast
+import io
+import os
+import sys
+import textwrap
+import tokenize
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from decimal import Decimal
+from difflib import get_close_matches
+from itertools import zip_longest
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+
+class UserError(Exception):
+    """A user's mistake in one line: where, what is wrong, what to do. `run` prints it without a traceback."""
+
+
+def parse(*dataclasses, argv=None, default_config=None):
+    """Return a tuple of one instance per dataclass, from config files and `--key=value` arguments.
+
+    `argv` defaults to `sys.argv[1:]`; `default_config` is read when that names no file. Raises UserError.
+    """
+    kinds = {}
+    for cls in dataclasses:
+        hints = get_type_hints(cls)
+        for field in fields(cls):
+            assert field.name not in kinds, f"{field.name} is a field of two dataclasses"
+            kinds[field.name] = hints[field.name]
+
+    files, overrides = read_arguments(sys.argv[1:] if argv is None else argv, kinds)
+    overrides = typed(overrides, kinds)  # first: a mistyped argument is news before the contents of a file
+    values = {}
+    for path in files or filter(None, [default_config]):
+        values |= typed(read_file(path), kinds)
+    values |= overrides
+
+    required = (f.name for cls in dataclasses for f in fields(cls) if default(f) is MISSING)
+    if missing := [name for name in required if name not in values]:
+        example = default_config or "config/reflow_nano.py"
+        raise UserError(f"missing {', '.join(missing)}: name a config file, for example {example}")
+    arguments = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in dataclasses]
+    try:
+        return tuple(cls(**kwargs) for cls, kwargs in zip(dataclasses, arguments, strict=True))
+    except ValueError as error:  # from a __post_init__: each value is fine, their combination is not
+        raise UserError(str(error)) from error
+
+
+def read_arguments(argv, kinds):
+    """Split arguments into config files and (where, key, text) settings."""
+    files, settings = [], []
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+        key, equals, text = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") and (not equals or argument.endswith(".py")):
+            files.append(argument)
+        elif not argument.startswith("--"):
+            raise UserError(f"command line: {argument} is not --key=value: write --{key}={text or '...'}")
+        elif equals:
+            settings.append(("command line", key, text))
+        elif kinds.get(key, bool) is bool and following.lower() not in BOOLS:
+            settings.append(("command line", key, "true"))
+        else:
+            text = "..." if not following or following.startswith("--") else following
+            raise UserError(f"command line: --{key} needs a value: write --{key}={text}")
+    return files, settings
+
+
+# What a config file may compute with: no call, attribute or subscript, so nothing reaches outside the file.
+ARITHMETIC = (
+    *(ast.Constant, ast.Name, ast.expr_context, ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator),
+    *(ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop, ast.IfExp, ast.JoinedStr, ast.FormattedValue),
+)
+
+
+def is_arithmetic(expression):
+    return all(isinstance(node, ARITHMETIC) for node in ast.walk(expression))
+
+
+def read_file(path):
+    """Return the (where, key, value) settings of a config file; names starting with `_` stay local to it."""
+    path = Path(path)
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except OSError:
+        # Its own folder and config/, so that a bare `reflow_nano` finds its file too.
+        files = {file.name: file for folder in (Path("config"), path.parent) for file in folder.glob("*.py")}
+        hint = "".join(f": did you mean {files[name]}?" for name in get_close_matches(path.name, files, n=1))
+        raise UserError(f"no config file {path}{hint}") from None
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a Python text file: {error}") from None
+
+    settings, names = [], {}
+    for i, statement in enumerate(body):
+        where = f"{path}:{statement.lineno}"
+        match statement:
+            case ast.Expr(ast.Constant(str())) if i == 0:
+                continue
+            case ast.Assign([ast.Name(key)], value) if is_arithmetic(value):
+                pass
+            case _:
+                raise UserError(f"{where}: a config file holds only `name = value`, with plain arithmetic")
+        try:
+            names[key] = eval(compile(ast.Expression(value), where, "eval"), {"__builtins__": {}}, names)
+        except Exception as error:
+            raise UserError(f"{where}: {error}") from None
+        if not key.startswith("_"):
+            settings.append((where, key, names[key]))
+    return settings
+
+
+def typed(settings, kinds):
+    """Turn (where, key, value) settings into {key: value of the field's type}; the last of a key wins."""
+    values = {}
+    for where, key, value in settings:
+        if key not in kinds:
+            nearest = get_close_matches(key, kinds, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+            raise UserError(f"{where}: unknown key {key}: {hint}")
+        try:
+            values[key] = convert(value, kinds[key])
+        except ValueError as error:
+            raise UserError(f"{where}: {key}={value}: expected {error}") from None
+    return values
+
+
+BOOLS = {"true": True, "false": False, "1": True, "0": False}
+EXPECTED = {int: "an int", float: "a float", bool: "true or false", str: "a string", NoneType: "None"}
+
+
+def convert(value, kind):
+    """Return `value`, text from the command line or an object from a config file, as a `kind`.
+
+    `kind` is int, float, bool, str, None, a Literal or a union of these. ValueError says what was expected.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        expected = []
+        for member in sorted(get_args(kind), key=lambda k: k is not NoneType):  # "None" is a str, too
+            try:
+                return convert(value, member)
+            except ValueError as error:
+                expected.insert(0, str(error))
+        raise ValueError(" or ".join(expected))
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if value in (choice, str(choice)):
+                return choice
+        raise ValueError("one of " + ", ".join(map(str, get_args(kind))))
+    if kind is NoneType and value in (None, "None"):
+        return None
+    if kind is bool and str(value).lower() in BOOLS:
+        return BOOLS[str(value).lower()]
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and type(value) in (int, float, str):  # a bool is not a number here
+        with suppress(ValueError, ArithmeticError):
+            if kind is float:
+                return float(value)
+            if (number := Decimal(value)) == int(number):  # `1e3` too, and exact where a float is not
+                return int(number)
+    raise ValueError(EXPECTED[kind])
+
+
+def default(field):
+    """The default of a dataclass field, MISSING if it is required."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def differences(*instances):
+    """Return {key: value} for the fields that differ from their defaults; required fields always do."""
+    values = ((f, getattr(x, f.name)) for x in instances for f in fields(x))
+    return {f.name: value for f, value in values if value != default(f)}
+
+
+def describe(*instances):
+    """Return `differences` as text, one line per dataclass, in the spelling of the command line."""
+    lines = []
+    for instance in instances:
+        settings = [f"--{key}={value}" for key, value in differences(instance).items()]
+        lines.append(f"{type(instance).__name__}: {' '.join(settings) or 'defaults'}")
+    return "\n".join(lines)
+
+
+def help(*files):
+    """Asked for `--help`, print the first file's docstring and the fields of every file's configs, and exit.
+
+    Reads the sources, imports nothing: help needs no torch. Files are relative to the first one's folder or
+    this one's. A config is a dataclass whose name ends in Config.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        return
+    folders = [Path(files[0]).resolve().parent, Path(__file__).resolve().parent]
+    paths = [next(path for folder in folders if (path := folder / file).exists()) for file in files]
+    sources = [path.read_text(encoding="utf-8") for path in paths]
+    print(ast.get_docstring(ast.parse(sources[0])) or "")
+    for name, rows in (table for source in sources for table in tables(source)):
+        print(f"\n{name}")
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
+        for *cells, comment in rows:
+            left = "  " + "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=True))
+            indent = " " * len(left)
+            print(textwrap.fill(left + comment, max(110, len(left) + 40), subsequent_indent=indent).rstrip())
+    raise SystemExit(0)
+
+
+def tables(source):
+    """Yield (class name, [(--field, type, default, comment), ...]) for each config in Python source.
+
+    A field's comment trails it and may go on in the lines below, indented deeper than the field; a field
+    without one takes the comment lines directly above it.
+    """
+    comments, columns = {}, {}  # by line; columns only of the comments that have a line to themselves
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            comments[line] = token.string.lstrip("# ")
+            if token.line[:column].isspace():
+                columns[line] = column
+
+    for cls in ast.walk(ast.parse(source)):
+        if not isinstance(cls, ast.ClassDef) or not cls.name.endswith("Config"):
+            continue
+        if not any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list):
+            continue
+        rows = []
+        for field in (node for node in cls.body if isinstance(node, ast.AnnAssign)):
+            first, last = field.lineno, field.end_lineno
+            if any(line in comments for line in range(first, last + 1)):
+                while columns.get(last + 1, 0) > field.col_offset:
+                    last += 1
+            else:
+                while columns.get(first - 1) == field.col_offset:
+                    first -= 1
+            comment = " ".join(comments[line] for line in range(first, last + 1) if line in comments)
+            # The default in the source's own spelling: 6e-4, not 0.0006.
+            initial = ast.get_source_segment(source, field.value) if field.value else "required"
+            rows.append((f"--{field.target.id}", ast.unparse(field.annotation), initial, comment))
+        if rows:
+            yield cls.name, rows
+
+
+def run(main):
+    """Call `main()` as a script's last line: a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+        sys.stdout.flush()  # here, not at interpreter exit, so that a closed pipe is caught below
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))  # set by torchrun
+        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # `sample.py | head` is no error. The interpreter flushes stdout again as it exits: let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

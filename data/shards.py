@@ -1,0 +1,310 @@
+"""Token shards: the format, the writer and the loader.
+
+A corpus is a folder of `train_000000.bin ...`, `val_000000.bin ...` and `meta.json`. A shard is a header of
+256 little-endian int32 (magic 20240520, version 1, token count, zeros) followed by that many uint16 tokens:
+the format of llm.c and modded-nanogpt, readable by both. meta.json, written last, says what the shards hold;
+it has no timestamps, so the same text always gives the same bytes and the same `data_sha256`.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+from data.tokenizer import END_OF_TEXT, N_TOKENS, TOKENIZER_SHA256
+
+MAGIC, VERSION = 20240520, 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+SPLITS = ("train", "val")
+
+
+def replace_file(path, *parts):
+    """Write bytes-like `parts` to `path` so that readers and crashes see the old or the whole new file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.writelines(parts)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_shard(path, tokens):
+    """Write `tokens` (n,) uint16 as one shard; return its entry for meta.json: file, tokens, sha256."""
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    tokens = tokens.astype("<u2", copy=False)
+    replace_file(path, header, tokens)
+    digest = hashlib.sha256(header)
+    digest.update(tokens)
+    return {"file": path.name, "tokens": len(tokens), "sha256": digest.hexdigest()}
+
+
+class Writer:
+    """Cut a stream of documents into the shards of a corpus; killed at any moment, resume to identical bytes.
+
+    source, licence: plain text for meta.json. recipe: a JSON-able dict of all that decides the tokens (files,
+    limits, versions). `progress.json` notes, at each whole shard, where in which document its split goes on.
+    A new Writer with the same recipe reads it and `wants` only what the shards do not hold yet; with another
+    recipe it starts over.
+
+        writer = Writer(folder, source, licence, recipe)
+        if not writer.finished:
+            for index, (split, text) in enumerate(documents):  # always in the same order
+                if writer.wants(split, index):
+                    writer.add(split, index, encode(text), len(text.encode()))
+            writer.finish()
+
+    UserError if the folder holds a finished corpus of another recipe: that is never overwritten.
+    """
+
+    def __init__(self, folder, source, licence, recipe, shard_tokens=100_000_000):
+        if not 0 < shard_tokens < 2**31:
+            raise UserError(f"shard_tokens={shard_tokens}: the header's count is an int32: 1 to {2**31 - 1}")
+        self.folder = Path(folder)
+        self.shard_tokens = shard_tokens
+        self.meta = {
+            "version": VERSION,
+            "tokenizer": "gpt2",
+            "tokenizer_sha256": TOKENIZER_SHA256,
+            "vocab_size": N_TOKENS,
+            "source": source,
+            "licence": licence,
+            "recipe": {**recipe, "shard_tokens": shard_tokens},
+        }
+        self.meta = json.loads(json.dumps(self.meta))  # as it will be read back: tuples are lists
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.finished = self._is_finished()
+        if self.finished:
+            return
+        # What the whole shards of a split hold: the documents and bytes before `document`, and its first
+        # `offset` tokens.
+        empty = {"document": 0, "offset": 0, "documents": 0, "bytes": 0, "shards": []}
+        self.closed = self._read_progress() or {split: empty for split in SPLITS}
+        self.documents = {split: self.closed[split]["documents"] for split in SPLITS}
+        self.bytes = {split: self.closed[split]["bytes"] for split in SPLITS}
+        self.next = {split: self.closed[split]["document"] for split in SPLITS}
+        # Memory is used only as they fill: a small corpus stays small.
+        self.buffers = {split: np.empty(shard_tokens, "<u2") for split in SPLITS}
+        self.filled = dict.fromkeys(SPLITS, 0)
+
+    def _is_finished(self):
+        meta = read_json(self.folder / "meta.json")
+        if meta is None:
+            return False
+        if changed := [key for key in self.meta if meta.get(key) != self.meta[key]]:
+            raise UserError(
+                f"{self.folder} holds a finished dataset with another {', '.join(changed)}: "
+                f"write to another folder, or delete {self.folder / 'meta.json'} to replace it"
+            )
+        return True
+
+    def _read_progress(self):
+        """Return the state of an unfinished run of the same settings; else clear the folder, return None."""
+        progress = read_json(self.folder / "progress.json")
+        if progress is not None:
+            shards = [shard["file"] for split in SPLITS for shard in progress["closed"][split]["shards"]]
+            if progress["meta"] == self.meta and all((self.folder / shard).exists() for shard in shards):
+                print(f"{self.folder}: going on after {len(shards)} finished shards")
+                return progress["closed"]
+            print(f"{self.folder}: unfinished shards of other settings found: starting over")
+            (self.folder / "progress.json").unlink()
+        for split in SPLITS:
+            for stale in self.folder.glob(f"{split}_*.bin"):
+                stale.unlink()
+
+    def wants(self, split, index):
+        """False if document `index` lies in whole shards already, so that it need not be tokenised again."""
+        return index >= self.closed[split]["document"]
+
+    def add(self, split, index, tokens, n_bytes):
+        """Append document `index` (its place in the source, increasing): tokens (n,), and its UTF-8 bytes."""
+        tokens = np.append(tokens, np.uint16(END_OF_TEXT))
+        closed = self.closed[split]
+        offset = closed["offset"] if index == closed["document"] else 0  # begun in a shard of the run before
+        while offset < len(tokens):
+            start = self.filled[split]
+            piece = tokens[offset : offset + self.shard_tokens - start]
+            self.buffers[split][start : start + len(piece)] = piece
+            self.filled[split] += len(piece)
+            offset += len(piece)
+            if self.filled[split] == self.shard_tokens:
+                self._close_shard(split, index, offset)
+        self.documents[split] += 1
+        self.bytes[split] += n_bytes
+        self.next[split] = index + 1
+
+    def _close_shard(self, split, document, offset):
+        shards = self.closed[split]["shards"]
+        path = self.folder / f"{split}_{len(shards):06d}.bin"
+        shard = write_shard(path, self.buffers[split][: self.filled[split]])
+        self.filled[split] = 0
+        self.closed[split] = {
+            "document": document,
+            "offset": offset,
+            "documents": self.documents[split],
+            "bytes": self.bytes[split],
+            "shards": [*shards, shard],
+        }
+        # The other split's open shard is not saved: a resumed run tokenises its documents again, only those.
+        progress = {"meta": self.meta, "closed": self.closed}
+        replace_file(self.folder / "progress.json", json.dumps(progress).encode())
+
+    def finish(self):
+        """Write the last, shorter shards, then meta.json; return that. UserError if a split is empty."""
+        for split in SPLITS:
+            if not self.documents[split]:
+                raise UserError(
+                    f"{self.folder}: no document for {split}: give more text, or a smaller --val_every"
+                )
+            if self.filled[split]:
+                self._close_shard(split, self.next[split], 0)
+        splits = {}
+        for split in SPLITS:
+            shards = self.closed[split]["shards"]
+            splits[split] = {
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": self.documents[split],
+                "bytes": self.bytes[split],
+                "shards": shards,
+            }
+        meta = self.meta | {"splits": splits}
+        replace_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        return meta
+
+
+def read_json(path):
+    """Return a JSON file's content, None if there is no such file. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and prepare the data again") from None
+
+
+class Dataset:
+    """The windows of one split, and batches that are a pure function of (seed, step).
+
+    Window i of a shard is its tokens [i*T, i*T + T], T = block_size: T inputs and the T targets one further
+    on. Every token but the first, and fewer than T at the end of a shard, is a target exactly once. Shards
+    are memory-mapped, so a corpus may be larger than memory.
+
+    Attributes: `n_windows`; `tokens` and `bytes` of the split (bits per byte = nats per token / ln 2 * tokens
+    / bytes); `data_sha256`, which identifies the text, its order and the tokenizer. verify=True reads every
+    shard once and checks its hash. UserError names a damaged file.
+    """
+
+    def __init__(self, folder, split, block_size, verify=False):
+        self.folder = Path(folder)
+        self.block_size = block_size
+        script = self.folder / "prepare.py"
+        prepare = f"run python {script}" if script.exists() else "run the prepare.py that writes it"
+        self.remedy = f"delete {self.folder / 'meta.json'} and {prepare}"
+        meta = read_json(self.folder / "meta.json")
+        if meta is None:
+            raise UserError(f"no dataset at {folder}: {prepare}")
+        if (meta.get("version"), meta.get("tokenizer_sha256")) != (VERSION, TOKENIZER_SHA256):
+            raise UserError(
+                f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
+            )
+        self.data_sha256 = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+        self.tokens = meta["splits"][split]["tokens"]
+        self.bytes = meta["splits"][split]["bytes"]
+
+        self.paths = [self.folder / entry["file"] for entry in meta["splits"][split]["shards"]]
+        self.shards = [
+            self._open(path, e) for path, e in zip(self.paths, meta["splits"][split]["shards"], strict=True)
+        ]
+        if verify:
+            for path, shard, entry in zip(
+                self.paths, self.shards, meta["splits"][split]["shards"], strict=True
+            ):
+                self._verify(path, shard, entry["sha256"])
+        # Windows before each shard, and in all: first_window[s] <= window < first_window[s + 1] is in shard
+        # s.
+        self.first_window = np.cumsum([0] + [max(0, len(shard) - 1) // block_size for shard in self.shards])
+        self.n_windows = int(self.first_window[-1])
+        if not self.n_windows:
+            raise UserError(
+                f"{folder}: no {split} shard has block_size + 1 = {block_size + 1} tokens: prepare more text"
+            )
+        self._orders = {}  # (seed, epoch) -> permutation
+
+    def _open(self, path, entry):
+        """Map a shard's tokens, (n,) uint16, after checking what can be checked without reading them."""
+        if not path.exists():
+            raise UserError(f"{path} is missing: {self.remedy}")
+        header = np.fromfile(path, "<i4", HEADER_INTS)
+        expected = {"magic": MAGIC, "version": VERSION, "token count": entry["tokens"]}
+        for (name, value), found in zip(expected.items(), header.tolist(), strict=False):
+            if found != value:
+                raise UserError(f"{path}: {name} is {found}, not {value}: {self.remedy}")
+        size, expected_size = path.stat().st_size, HEADER_BYTES + 2 * entry["tokens"]
+        if size != expected_size:
+            raise UserError(f"{path}: {size} bytes, not {expected_size}: {self.remedy}")
+        return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+    def _verify(self, path, shard, sha256):
+        self._check_range(path, shard)
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                raise UserError(f"{path}: SHA-256 differs from meta.json: {self.remedy}")
+
+    def _check_range(self, path, tokens):
+        if (largest := tokens.max()) >= N_TOKENS:
+            raise UserError(f"{path}: token {largest} is outside the vocabulary of {N_TOKENS}: {self.remedy}")
+
+    def _gather(self, windows):
+        """Return (x, y), int64 tensors (B, T), for window numbers (B,)."""
+        import torch  # here, so that preparing data needs no torch
+
+        T = self.block_size
+        tokens = np.empty((len(windows), T + 1), np.uint16)
+        which = np.searchsorted(self.first_window, windows, side="right") - 1  # (B,) shard of each window
+        for row, shard, window in zip(tokens, which, windows - self.first_window[which], strict=True):
+            row[:] = self.shards[shard][window * T : window * T + T + 1]
+        if tokens.size and tokens.max() >= N_TOKENS:
+            row = tokens.max(axis=1).argmax()
+            self._check_range(self.paths[which[row]], tokens[row])
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        return torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64))
+
+    def _order(self, seed, epoch):
+        """The permutation of all windows in one epoch, (n_windows,) int32 where that is enough."""
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) == 2:  # a batch straddles two epochs at most, unless the corpus is tiny
+                del self._orders[min(self._orders)]
+            dtype = np.int32 if self.n_windows < 2**31 else np.int64
+            self._orders[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(
+                np.arange(self.n_windows, dtype=dtype)
+            )
+        return self._orders[seed, epoch]
+
+    def batch(self, step, batch_size, seed, rank=0, world_size=1, shuffle=True):
+        """Return rank's slice of global batch `step`: x, y int64 tensors (batch_size / world_size, T).
+
+        Sample j of step k is number g = k * batch_size + j of the run: the (g mod n_windows)-th of epoch g //
+        n_windows, each epoch a fresh permutation of all windows (or, without shuffle, their order on disk).
+        It depends on nothing else: not on the number of ranks, nor on what was asked for before. Ranks take
+        consecutive slices.
+        """
+        if batch_size % world_size:
+            raise UserError(f"batch_size={batch_size} does not divide over {world_size} processes")
+        share = batch_size // world_size
+        first = step * batch_size + rank * share
+        epochs, positions = np.divmod(np.arange(first, first + share), self.n_windows)
+        windows = positions
+        if shuffle:
+            for epoch in np.unique(epochs).tolist():
+                now = epochs == epoch
+                windows[now] = self._order(seed, epoch)[positions[now]]
+        return self._gather(windows)
+
+    def windows(self, start, stop):
+        """Return windows start..stop-1 as they lie on disk, fewer at the end: x, y int64 tensors (n, T)."""
+        return self._gather(np.arange(start, min(stop, self.n_windows)))

@@ -1,0 +1,533 @@
+"""
+The whole reFlow model: a decoder-only transformer whose vocabulary is a product of two matrices.
+
+    E = W_recipe (V x S) @ W_basis (S x d)
+
+A row of W_recipe is a token's *recipe*, how much of each of the S shared *signals* it mixes; a row of W_basis is what
+that signal means in the residual stream. E is the input embedding and the output head, so every logit is a sum over
+signals, exactly: logit[v] = sum_s A[s] * W_recipe[v, s] with A = norm(h) @ W_basis.T.
+
+The backbone is the usual one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs (Su et
+al., 2021), SwiGLU (Shazeer, 2020), grouped-query attention (Ainslie et al., 2023), no biases.
+
+Plain modules with plain forward hooks; their names are stable. Beside them, what TransformerLens calls the output:
+
+    vocab                              hook_embed (vocab.embed), unembed (vocab.logits)
+    blocks.{i}                         blocks.{i}.hook_resid_post
+    blocks.{i}.norm1 / .norm2          blocks.{i}.ln1.hook_normalized / .ln2.hook_normalized
+    blocks.{i}.attn.q / .k / .v        blocks.{i}.attn.hook_q / hook_k / hook_v (before rotation, heads side by side)
+    blocks.{i}.attn                    blocks.{i}.hook_attn_out
+    blocks.{i}.mlp                     blocks.{i}.hook_mlp_out
+    norm                               ln_final.hook_normalized
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+N_TOKENS = 50257  # GPT-2's vocabulary; rows beyond it only pad the matrix to a size that hardware likes
+IGNORE = -100  # a target that counts for nothing, as in torch
+
+
+@dataclass
+class ModelConfig:
+    block_size: int  # longest context, in tokens
+    n_layer: int  # transformer blocks
+    n_head: int  # query heads; n_embd / n_head is the head width
+    n_embd: int  # width of the residual stream, d
+    vocab_size: int = 50304  # rows of the vocabulary, V; GPT-2's 50,257 padded to a multiple of 64
+    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads; None: n_head
+    n_signal: int | None = None  # signals, S; None: n_embd
+    n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd rounded up to a multiple of 256
+    vocab: Literal["factored", "topk", "dense"] = "factored"  # recipes x basis; the same, sparse; one plain matrix
+    top_k: int = 64  # topk only: a recipe keeps its k largest positive signals
+    dropout: float = 0.0  # on the embedding and on what each block adds; 0 for pre-training
+    norm_eps: float = 1e-6  # RMSNorm's epsilon
+    rope_base: float = 10000.0  # wavelength base of the rotary positions
+    recipe_init_std: float = 0.02  # std of the recipes at the start (of E itself for a dense vocabulary)
+
+    def __post_init__(self):
+        if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.vocab_size) < 1:
+            raise ValueError("block_size, n_layer, n_head, n_embd and vocab_size must be at least 1")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if self.kv_heads < 1 or self.n_head % self.kv_heads:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.signals < 1 or self.hidden < 1:
+            raise ValueError("n_signal and n_hidden must be at least 1")
+        if self.vocab == "dense" and self.n_signal is not None:
+            raise ValueError(f"vocab=dense has no signals: leave out n_signal={self.n_signal}")
+        if self.vocab == "topk" and not 1 <= self.top_k <= self.signals:
+            raise ValueError(f"top_k={self.top_k} must be between 1 and n_signal={self.signals}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def signals(self):
+        return self.n_embd if self.n_signal is None else self.n_signal
+
+    @property
+    def hidden(self):
+        return 256 * math.ceil(8 * self.n_embd / 3 / 256) if self.n_hidden is None else self.n_hidden
+
+    @property
+    def n_tokens(self):
+        """Rows that are real tokens; the others are padding and must never be sampled, ranked or counted."""
+        return min(self.vocab_size, N_TOKENS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary, and the loss over it
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits z (N, S) @ codes.T (S, V), never holding more than `chunk` rows of them.
+
+    A chunk's logits are turned into its gradient at once, in `forward`, while they are at hand: computing them again
+    in `backward` would cost a third more. That gradient is formed for an upstream gradient of `grad_scale` and
+    corrected to the true one in `backward`, so it is exact whatever comes; but give the loss scale there in fp16,
+    where p / N without it would vanish below 6e-8. The loss and the gradient of `codes` are summed in fp32 (fp64 for
+    fp64 inputs). Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx, z, codes, targets, grad_scale, chunk, with_grad):
+        exact = torch.promote_types(z.dtype, torch.float32)
+        weight = codes.to(z.dtype)  # once, not once a chunk
+        n_valid = (targets != IGNORE).sum().clamp(min=1)
+        loss = torch.zeros((), dtype=exact, device=z.device)
+        if with_grad:
+            grad_z = torch.empty_like(z)
+            grad_codes = torch.zeros_like(codes, dtype=exact)
+        # Two buffers for all chunks: on a CPU, fresh pages for each would cost a tenth of the time.
+        rows = min(chunk, len(z))
+        logits, p = z.new_empty(rows, len(codes)), z.new_empty(rows, len(codes), dtype=exact)
+        for start in range(0, len(z), chunk):
+            z_c, y = z[start : start + chunk], targets[start : start + chunk]
+            logits, p = logits[: len(z_c)], p[: len(z_c)]  # (C, V)
+            valid = (y != IGNORE).unsqueeze(1)  # (C, 1)
+            y = y.unsqueeze(1).where(valid, 0)  # (C, 1)
+            torch.mm(z_c, weight.T, out=logits)
+            torch.softmax(logits, dim=-1, dtype=exact, out=p)
+            # log sum exp, from the largest logit and its probability: exact, without another pass of exponentials
+            lse = logits.amax(1, keepdim=True).to(exact) - p.amax(1, keepdim=True).log()
+            loss += ((lse - logits.gather(1, y)) * valid).sum()
+            if with_grad:
+                p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+                g = torch.mul(p, valid * (grad_scale / n_valid), out=logits)
+                torch.mm(g, weight, out=grad_z[start : start + chunk])
+                if z.dtype == exact:
+                    grad_codes.addmm_(g.T, z_c)
+                else:
+                    grad_codes += g.T @ z_c
+        if with_grad:
+            ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
+        return loss / n_valid
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        if ctx.grads is None:
+            raise RuntimeError("ChunkedCrossEntropy can be differentiated once: run the forward pass again")
+        (grad_z, grad_codes), ctx.grads = ctx.grads, None
+        factor = upstream / ctx.grad_scale
+        if factor != 1:
+            grad_z, grad_codes = grad_z.mul_(factor), grad_codes.mul_(factor)
+        return grad_z, grad_codes, None, None, None, None
+
+
+class Vocab(nn.Module):
+    """What the three vocabularies share. A kind gives `embed`, `signals`, `recipes` and `matrix`."""
+
+    chunk = 1024  # tokens whose logits the loss holds at a time
+
+    def logits(self, h):
+        """h (..., d), normalised -> logits (..., V)."""
+        return F.linear(self.signals(h), self.recipes())
+
+    def loss(self, h, targets, grad_scale=1.0):
+        """h (N, d), normalised, targets (N,) -> mean cross-entropy over the targets that are not IGNORE, fp32."""
+        z, codes = self.signals(h), self.recipes()
+        with torch.autocast(z.device.type, enabled=False):
+            return ChunkedCrossEntropy.apply(z, codes, targets, grad_scale, self.chunk, torch.is_grad_enabled())
+
+
+class FactoredVocab(Vocab):
+    """E = recipe @ basis, which is never built in training: both uses go through the S signals."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.recipe = nn.Parameter(torch.empty(config.vocab_size, config.signals))
+        self.basis = nn.Parameter(torch.empty(config.signals, config.n_embd))
+
+    def embed(self, idx):
+        """idx (B, T) -> (B, T, d)."""
+        return F.embedding(idx, self.recipe) @ self.basis
+
+    def signals(self, h):
+        """h (..., d), normalised -> A (..., S), the weight of each signal in the logits."""
+        return F.linear(h, self.basis)
+
+    def recipes(self):
+        """(V, S)."""
+        return self.recipe
+
+    def matrix(self):
+        """E (V, d)."""
+        return self.recipes() @ self.basis
+
+    def reset_parameters(self, std):
+        nn.init.normal_(self.recipe, std=std)
+        nn.init.orthogonal_(self.basis)  # condition number 1; a square Gaussian one starts in the thousands
+
+
+class TopKVocab(FactoredVocab):
+    """A factored vocabulary with hard sparsity: a recipe is its top_k largest positive entries, the rest are zero."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.top_k = config.top_k
+
+    def sparsify(self, rows):
+        values, index = F.relu(rows).topk(self.top_k, dim=-1, sorted=False)
+        return torch.zeros_like(rows).scatter(-1, index, values)
+
+    def embed(self, idx):
+        return self.sparsify(F.embedding(idx, self.recipe)) @ self.basis
+
+    def recipes(self):
+        return self.sparsify(self.recipe)
+
+
+class DenseVocab(Vocab):
+    """The plain tied embedding, seen as a factored one: its signals are the coordinates of the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+
+    def embed(self, idx):
+        return F.embedding(idx, self.weight)
+
+    def signals(self, h):
+        return h
+
+    def recipes(self):
+        return self.weight
+
+    def matrix(self):
+        return self.weight
+
+    def logits(self, h):
+        return F.linear(h, self.weight)
+
+    def reset_parameters(self, std):
+        nn.init.normal_(self.weight, std=std)
+
+
+VOCABS = {"factored": FactoredVocab, "topk": TopKVocab, "dense": DenseVocab}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backbone
+
+
+@lru_cache(maxsize=8)
+def rope_table(length, head_dim, base, device):
+    """cos and sin of every position's angles, each (length, head_dim / 2), fp32 whatever the model's precision."""
+    with torch.inference_mode(False):  # kept over calls, so it must also serve a training step
+        freqs = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs)
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotate adjacent pairs of x (B, H, T, head_dim); cos and sin (T, head_dim / 2) or (B, 1, T, head_dim / 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, head_dim / 2) each; times fp32 angles gives fp32
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens seen, for every layer; a row of the batch may be shorter than others.
+
+    Filled at once by the first call, which may be any length (rows padded on the right), then token by token.
+    """
+
+    def __init__(self, config, batch, capacity, device, dtype):
+        shape = (config.n_layer, batch, config.kv_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = None  # tokens of each row, a list; None before the first call
+        self.mask = None  # (B, 1, 1, longest), only while rows differ in length
+
+    def advance(self, device):
+        """Make room for one more token a row; its positions (B, 1)."""
+        positions = torch.tensor(self.lengths, device=device)
+        self.lengths = [n + 1 for n in self.lengths]
+        longest = max(self.lengths)
+        ragged = min(self.lengths) < longest
+        self.mask = (torch.arange(longest, device=device) <= positions[:, None])[:, None, None] if ragged else None
+        return positions[:, None]
+
+    def append(self, layer, k, v):
+        """Write one token's k, v (B, H_kv, 1, D); return all of them so far (B, H_kv, longest, D)."""
+        longest = max(self.lengths)
+        rows = torch.arange(k.size(0), device=k.device)
+        last = torch.tensor(self.lengths, device=k.device) - 1
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.mask is None:
+                store[:, :, longest - 1] = new[:, :, 0]
+            else:
+                store[rows, :, last] = new[:, :, 0]
+        return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        """x (B, T, d) -> (B, T, d)."""
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        group = q.size(1) // k.size(1)  # query heads on one key head
+        if cache is not None and cache.lengths is not None:
+            k, v = cache.append(layer, k, v)
+            # The one new token sees every key: queries that share a key head are simply rows of one product.
+            q = q.reshape(B, k.size(1), group, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)  # (B, H_kv, group, D)
+        else:
+            if cache is not None:
+                cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
+            if group > 1:  # enable_gqa would leave the fused kernels on a T4
+                k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # a mask would cost (T, T) memory on a T4
+        y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
+        return self.o(y)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.up = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        x = x + F.dropout(self.attn(self.norm1(x), cos, sin, cache, layer), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class ReFlow(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vocab = VOCABS[config.vocab](config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.activation_checkpointing = False  # recompute each block in backward: less memory, a third more work
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        if self.norm.weight.is_meta:  # only shapes are wanted
+            return
+        self.vocab.reset_parameters(self.config.recipe_init_std)
+        for name, weight in self.blocks.named_parameters():
+            if weight.dim() == 2:
+                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def encode(self, idx, cache=None, lengths=None):
+        """idx (B, T) -> normalised final residual stream (B, T, d). `lengths`: real tokens a row, to fill a cache."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
+        c = self.config
+        cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, idx.device)  # (block_size, head_dim / 2)
+        if cache is not None and cache.lengths is not None:
+            at = cache.advance(idx.device)  # (B, 1)
+            cos, sin = cos[at].unsqueeze(1), sin[at].unsqueeze(1)  # (B, 1, 1, head_dim / 2)
+        else:
+            cos, sin = cos[:T], sin[:T]
+
+        x = self.vocab.embed(idx).to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
+        x = F.dropout(x, c.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, i)
+        if cache is not None and cache.lengths is None:
+            cache.lengths = lengths or [T] * B
+        return self.norm(x)
+
+    def forward(self, idx, targets=None, grad_scale=1.0):
+        """idx (B, T) -> (logits (B, T, V) fp32, None); with targets (B, T) -> (None, mean loss), without the logits.
+
+        Targets of IGNORE count for nothing. `grad_scale`: see ChunkedCrossEntropy; matters in fp16 only.
+        """
+        h = self.encode(idx)
+        if targets is None:
+            logits = self.vocab.logits(h)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)), None
+        return None, self.vocab.loss(h.flatten(0, 1), targets.flatten(), grad_scale)
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        stop=None,
+        generator=None,
+        use_cache=True,
+    ):
+        """Continue B prompts (lists of token ids, lengths may differ) together; yield a list of B ids a step.
+
+        A row that has produced `stop` yields None from then on; the stream ends when all have. Temperature 0 is
+        greedy. A context that outgrows block_size goes on with its last half, which is encoded anew: the window is a
+        function of the length alone, so that cached and uncached, batched and single generation agree.
+        """
+        rows, done, cache, starts = [list(p) for p in prompts], [False] * len(prompts), None, None
+        device, capacity = self.norm.weight.device, self.config.block_size
+        capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
+        for _ in range(max_new_tokens):
+            fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
+            if use_cache and fresh == starts:
+                idx = torch.tensor([row[-1:] for row in rows], device=device)  # (B, 1)
+                h = self.encode(idx, cache)[:, -1]  # (B, d)
+            else:
+                windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
+                lengths = [len(w) for w in windows]
+                longest = max(lengths)
+                if use_cache:
+                    cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
+                idx = torch.tensor([w + [0] * (longest - len(w)) for w in windows], device=device)  # (B, longest)
+                h = self.encode(idx, cache, lengths)[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
+            logits = self.vocab.logits(h).float()[:, : self.config.n_tokens]  # (B, n_tokens)
+            tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            yield [None if finished else token for token, finished in zip(tokens, done, strict=True)]
+            done = [finished or token == stop for token, finished in zip(tokens, done, strict=True)]
+            if all(done):
+                return
+
+    def kv_dtype(self):
+        device = self.norm.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
+
+    def generate(self, prompts, max_new_tokens, **how):
+        """Like `stream`, all at once: a list of B lists of new ids; `stop` itself is left out."""
+        out = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, **how):
+            for row, token in zip(out, tokens, strict=True):
+                if token is not None and token != how.get("stop"):
+                    row.append(token)
+        return out
+
+
+def window_start(length, block_size):
+    """First token of the context: 0 while all fits, then moved on by whole half blocks."""
+    half = max(block_size // 2, 1)
+    return max(0, math.ceil((length - block_size) / half)) * half
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B, n) -> ids (B,). top_p keeps the smallest set of tokens that holds that much probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first is always kept
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model costs, and what hardware computes in
+
+
+def parameter_table(model):
+    """Parameters by part: {"recipe": ..., "basis": ..., "attention": ..., "mlp": ..., "norms": ...}."""
+    part = {"recipe": "recipe", "basis": "basis", "vocab": "embedding", "attn": "attention", "mlp": "mlp"}
+    table = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        key = next((part[word] for word in part if word in words), "norms")
+        table[key] = table.get(key, 0) + parameter.numel()
+    return table
+
+
+def flops_per_token(config, length):
+    """Floating-point operations of a training step per token, at sequences of `length`: three times the forward pass,
+    which spends 2 on each weight of each product and 4 * length * d a layer on attention (not halved for causality,
+    as in Chowdhery et al., 2022, appendix B)."""
+    c, d = config, config.n_embd
+    layer = 2 * d * d + 2 * d * c.kv_heads * c.head_dim + 3 * d * c.hidden
+    vocab = c.vocab_size * d if c.vocab == "dense" else c.vocab_size * c.signals + 2 * c.signals * d
+    return 3 * (2 * (c.n_layer * layer + vocab) + 4 * c.n_layer * length * d)
+
+
+def pick_device(name="auto"):
+    """`auto` is cuda, then mps, then cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(device, name="auto"):
+    """The precision to compute in on `device`: bf16 where hardware has it, fp16 on older GPUs, else fp32.
+
+    torch.cuda.is_bf16_supported() is no guide: it says True on a T4, which emulates bf16 slowly.
+    """
+    if name == "auto":
+        kind = torch.device(device).type
+        if kind == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif kind == "cpu":
+            has = torch.cpu.get_capabilities()
+            name = "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "amx_tile")) else "fp32"
+        else:
+            name = "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,337 @@
+"""Config files and `--key=value`: what wins, what a value may look like, and what a mistake prints."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import configurator
+from configurator import UserError, parse
+
+ROOT = Path(configurator.__file__).resolve().parent
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int
+    n_kv_head: int | None = None
+    vocab: Literal["factored", "topk", "dense"] = "factored"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_layer < 1:
+            raise ValueError(f"n_layer={self.n_layer} must be at least 1")
+
+
+@dataclass
+class TrainConfig:
+    max_steps: "int" = 100  # as under `from __future__ import annotations`
+    compile: bool = False
+    out: str = "out"
+    init_from: str | None = None
+
+
+def settings(*argv, **kwargs):
+    """All fields of both configs in one dict."""
+    model, train = parse(ModelConfig, TrainConfig, argv=argv, **kwargs)
+    return vars(model) | vars(train)
+
+
+def mistake(*argv, **kwargs):
+    """The message of the error these arguments cause: one line, always."""
+    with pytest.raises(UserError) as caught:
+        settings(*argv, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a config file into a fresh working directory and return its relative name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        path = Path(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return name
+
+    return write
+
+
+# What wins
+
+
+def test_keys_are_routed_to_their_dataclass():
+    model, train = parse(ModelConfig, TrainConfig, argv=["--n_layer=2", "--max_steps=7"])
+    assert model == ModelConfig(n_layer=2) and train == TrainConfig(max_steps=7)
+
+
+def test_later_wins_and_the_command_line_wins_over_files(write):
+    a = write("a.py", "n_layer = 1\nmax_steps = 1\nout = 'a'")
+    b = write("b.py", "n_layer = 2\nmax_steps = 2")
+    got = settings("--max_steps=3", a, b, "--max_steps=4")
+    assert (got["n_layer"], got["max_steps"], got["out"]) == (2, 4, "a")
+
+
+def test_default_config_is_read_only_without_a_named_file(write):
+    default, other = write("default.py", "n_layer = 1\nout = 'default'"), write("other.py", "n_layer = 2")
+    assert settings(default_config=default)["out"] == "default"
+    assert settings(other, default_config=default)["out"] == "out"
+
+
+def test_a_field_of_two_dataclasses_is_a_bug():
+    with pytest.raises(AssertionError, match="n_layer"):
+        parse(ModelConfig, ModelConfig, argv=[])
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("--n_layer=1e3", 1000),
+        ("--max_steps=9007199254740993", 2**53 + 1),
+        ("--dropout=1", 1.0),
+        ("--dropout=-3e-4", -3e-4),
+        ("--n_kv_head=None", None),
+        ("--n_kv_head=4", 4),
+        ("--vocab=topk", "topk"),
+        ("--compile", True),
+        ("--compile=true", True),
+        ("--compile=False", False),
+        ("--compile=1", True),
+        ("--compile=0", False),
+        ("--init_from=None", None),
+        ("--out=a=b", "a=b"),
+        ("--out=12", "12"),
+        ("--out=", ""),
+    ],
+)
+def test_command_line_values(argument, value):
+    got = settings("--n_layer=1", argument)[argument[2:].partition("=")[0]]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("n_layer = 2 * 3", 6),
+        ("max_steps = 1e3", 1000),
+        ("max_steps = 2**53 + 1", 2**53 + 1),
+        ("dropout = 1", 1.0),
+        ("n_kv_head = None", None),
+        ("compile = True", True),
+        ("out = f'out/{1 + 1}'", "out/2"),
+    ],
+)
+def test_file_values(write, line, value):
+    path = write("a.py", line)
+    got = settings("--n_layer=1" if "n_layer" not in line else "--max_steps=1", path)[line.split(" = ")[0]]
+    assert got == value and type(got) is type(value)
+
+
+def test_a_file_computes_with_its_own_names(write):
+    path = write(
+        "a.py", '"""Header."""\n\n_tokens = 1e6  # local\nn_layer = 4\nmax_steps = _tokens / (n_layer * 10)\n'
+    )
+    assert settings(path)["max_steps"] == 25_000
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--n_layer=abc", "command line: n_layer=abc: expected an int"),
+        ("--n_layer=1.5", "command line: n_layer=1.5: expected an int"),
+        ("--n_layer=inf", "command line: n_layer=inf: expected an int"),
+        ("--n_kv_head=x", "command line: n_kv_head=x: expected an int or None"),
+        ("--dropout=", "command line: dropout=: expected a float"),
+        ("--compile=yes", "command line: compile=yes: expected true or false"),
+        ("--vocab=full", "command line: vocab=full: expected one of factored, topk, dense"),
+    ],
+)
+def test_wrong_type_on_the_command_line(argument, message):
+    assert mistake("--n_layer=1", argument) == message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("n_layer = True", "an int"), ("out = 3", "a string"), ("dropout = None", "a float")],
+)
+def test_wrong_type_in_a_file_names_its_line(write, line, expected):
+    key, value = line.split(" = ")
+    assert mistake(write("a.py", f"\n{line}")) == f"a.py:2: {key}={value}: expected {expected}"
+
+
+# Mistakes
+
+
+def test_unknown_key_suggests_the_nearest(write):
+    assert mistake("--max-steps=3") == "command line: unknown key max-steps: did you mean max_steps?"
+    assert (
+        mistake(write("a.py", "n_layer = 1\nn_layers = 1"))
+        == "a.py:2: unknown key n_layers: did you mean n_layer?"
+    )
+    assert "--help" in mistake("--zzz=3")
+
+
+def test_missing_file_suggests_the_nearest(write):
+    write("config/reflow_nano.py", "n_layer = 1")
+    wanted = "did you mean config/reflow_nano.py?"
+    assert mistake("config/reflow_nan.py") == f"no config file config/reflow_nan.py: {wanted}"
+    assert mistake("reflow_nano") == f"no config file reflow_nano: {wanted}"
+    assert mistake("elsewhere/zzz") == "no config file elsewhere/zzz"
+
+
+@pytest.mark.parametrize(
+    ("argv", "spelling"),
+    [
+        (["--max_steps", "200"], "--max_steps=200"),
+        (["--max_steps", "--compile"], "--max_steps=..."),
+        (["--max_steps"], "--max_steps=..."),
+        (["--compile", "False"], "--compile=False"),
+        (["max_steps=200"], "--max_steps=200"),
+        (["-max_steps=200"], "--max_steps=200"),
+    ],
+)
+def test_a_misspelt_argument_is_shown_the_right_spelling(argv, spelling):
+    assert mistake(*argv).endswith(f"write {spelling}")
+
+
+def test_missing_required_field():
+    message = mistake(default_config=None)
+    assert message == "missing n_layer: name a config file, for example config/reflow_nano.py"
+
+
+def test_post_init_errors_are_the_users():
+    assert mistake("--n_layer=0") == "n_layer=0 must be at least 1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os",
+        "print(1)",
+        "n_layer = int('3')",
+        "n_layer = ().__class__",
+        "n_layer = [1 for _ in 'a']",
+        "n_layer: int = 3",
+        "n_layer = max_steps = 3",
+        "'not a docstring'",
+        "n_layer = (",
+        "n_layer = undefined",
+        "n_layer = 1 / 0",
+    ],
+)
+def test_a_file_holds_only_assignments(write, line):
+    assert mistake(write("a.py", f"max_steps = 1\n\n{line}\n")).startswith("a.py:3: ")
+
+
+# What a run prints
+
+
+def test_differences_and_description():
+    model, train = ModelConfig(n_layer=2, dropout=0.5), TrainConfig()
+    assert configurator.differences(model, train) == {"n_layer": 2, "dropout": 0.5}
+    assert (
+        configurator.describe(model, train) == "ModelConfig: --n_layer=2 --dropout=0.5\nTrainConfig: defaults"
+    )
+
+
+SCRIPT = '''"""Train a little.
+
+    python script.py
+"""
+import configurator
+
+if __name__ == "__main__":
+    configurator.help(__file__, "heavy.py")
+
+from dataclasses import dataclass
+
+@dataclass
+class ScriptConfig:
+    steps: int = 1
+
+
+def main():
+    (config,) = configurator.parse(ScriptConfig)
+    if config.steps == 3:
+        raise KeyboardInterrupt
+    print("steps", config.steps)
+
+
+if __name__ == "__main__":
+    configurator.run(main)
+'''
+
+HEAVY = '''
+raise ImportError("help must not import this")
+
+@dataclass(frozen=True)
+class HeavyConfig:
+    """Not shown."""
+    n_layer: int  # blocks
+    # A group of settings, not a comment of one field
+    lr: float | None = 6e-4  # the peak, after
+                             # the warm-up
+    # Tokens of context,
+    # at most.
+    block_size: int = 2**10
+    plain: str = "a#b"
+
+@dataclass
+class Other:
+    hidden: int = 1
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a small script in its own process; returns the finished process."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "heavy.py").write_text(HEAVY)
+
+    def script(*argv, stdout=subprocess.PIPE, **env):
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+        command = [sys.executable, tmp_path / "script.py", *argv]
+        return subprocess.run(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+
+    return script
+
+
+def test_help_reads_sources_without_importing_them(script):
+    process = script("--help")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.startswith("Train a little.\n")
+    lines = [" ".join(line.split()) for line in process.stdout.splitlines()]
+    assert lines[lines.index("ScriptConfig") + 1] == "--steps int 1"
+    assert lines[lines.index("HeavyConfig") + 1 :] == [
+        "--n_layer int required blocks",
+        "--lr float | None 6e-4 the peak, after the warm-up",
+        "--block_size int 2**10 Tokens of context, at most.",
+        '--plain str "a#b"',
+    ]
+
+
+def test_exit_status_and_one_line(script):
+    process = script("--steps=2")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "steps 2\n", "")
+    process = script("--step=2")
+    assert process.returncode == 2
+    assert process.stderr == "error: command line: unknown key step: did you mean steps?\n"
+    assert script("--step=2", RANK="1").stderr.startswith("[rank 1] error: ")
+    process = script("--steps=3")  # as if interrupted
+    assert (process.returncode, process.stderr) == (130, "")
+
+
+def test_a_closed_pipe_is_quiet(script):
+    read, write = os.pipe()
+    os.close(read)
+    assert script("--steps=2", stdout=write).stderr == ""
+    os.close(write)
