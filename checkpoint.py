@@ -1,9 +1,9 @@
 """
 Run directories: out/<run>/step_000500/ holds model.safetensors, optimizer.safetensors and state.json.
 
-A checkpoint appears whole or not at all: it is written under a temporary name, flushed to the disk, then renamed.
-`latest` and `best` are small text files naming one. Step 0 is kept always (the control of many experiments), with it
-the best and the last `keep`. Nothing is ever unpickled.
+A checkpoint appears whole or not at all: it is written under a temporary name, flushed to the disk, then
+renamed. `latest` and `best` are small text files naming one. Step 0 is kept always (the control of many
+experiments), with it the best and the last `keep`. Nothing is ever unpickled.
 """
 
 import json
@@ -93,7 +93,7 @@ def read_state(step):
 
 
 def newest_whole(run):
-    """(folder, state, [messages about damaged ones]) of the newest whole checkpoint; (None, None, [...]) if none."""
+    """(folder, state, [messages about damaged ones]) of the newest whole checkpoint; folder None if none."""
     messages = []
     for step in reversed(steps(run)):
         try:
@@ -110,16 +110,21 @@ def load_tensors(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); pickles are never loaded") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); pickles are never loaded"
+        ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Reading a run
 
 
 def find(run=None, out="out"):
-    """The checkpoint folder that `run` means: a run (its best checkpoint, else its latest), a step_... folder, or None
-    for the newest run under `out`. Raises UserError."""
+    """The checkpoint folder that `run` means. Raises UserError.
+
+    `run` is a run's folder (its best checkpoint, else its latest), a step_... folder, or None: the newest run
+    under `out`.
+    """
     make_one = "make one with: python train.py"
     if run is None:
         runs = [p.parent for p in Path(out).glob("*/latest")]
@@ -128,7 +133,9 @@ def find(run=None, out="out"):
         run = max(runs, key=lambda r: (r / "latest").stat().st_mtime)
     run = Path(run)
     if run.is_file():
-        raise UserError(f"{run} is a file: --run takes a folder such as out/reflow-nano; pickles are never loaded")
+        raise UserError(
+            f"{run} is a file: --run takes a folder such as out/reflow-nano; pickles are never loaded"
+        )
     if not run.is_dir():
         raise UserError(f"no run {run}: {make_one}")
     if (run / "state.json").exists():

@@ -3,19 +3,19 @@ The whole reFlow model: a decoder-only transformer whose vocabulary is a product
 
     E = W_recipe (V x S) @ W_basis (S x d)
 
-A row of W_recipe is a token's *recipe*, how much of each of the S shared *signals* it mixes; a row of W_basis is what
-that signal means in the residual stream. E is the input embedding and the output head, so every logit is a sum over
-signals, exactly: logit[v] = sum_s A[s] * W_recipe[v, s] with A = norm(h) @ W_basis.T.
+A row of W_recipe is a token's *recipe*, how much of each of the S shared *signals* it mixes; a row of W_basis
+is what that signal means in the residual stream. E is the input embedding and the output head, so every logit
+is a sum over signals, exactly: logit[v] = sum_s A[s] * W_recipe[v, s] with A = norm(h) @ W_basis.T.
 
-The backbone is the usual one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs (Su et
-al., 2021), SwiGLU (Shazeer, 2020), grouped-query attention (Ainslie et al., 2023), no biases.
+The backbone is the usual one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs
+(Su et al., 2021), SwiGLU (Shazeer, 2020), grouped-query attention (Ainslie et al., 2023), no biases.
 
-Plain modules with plain forward hooks; their names are stable. Beside them, what TransformerLens calls the output:
+Plain modules with plain forward hooks; their names are stable. Beside them TransformerLens' names:
 
     vocab                              hook_embed (vocab.embed), unembed (vocab.logits)
     blocks.{i}                         blocks.{i}.hook_resid_post
     blocks.{i}.norm1 / .norm2          blocks.{i}.ln1.hook_normalized / .ln2.hook_normalized
-    blocks.{i}.attn.q / .k / .v        blocks.{i}.attn.hook_q / hook_k / hook_v (before rotation, heads side by side)
+    blocks.{i}.attn.q / .k / .v        blocks.{i}.attn.hook_q / hook_k / hook_v (heads side by side)
     blocks.{i}.attn                    blocks.{i}.hook_attn_out
     blocks.{i}.mlp                     blocks.{i}.hook_mlp_out
     norm                               ln_final.hook_normalized
@@ -42,10 +42,10 @@ class ModelConfig:
     n_head: int  # query heads; n_embd / n_head is the head width
     n_embd: int  # width of the residual stream, d
     vocab_size: int = 50304  # rows of the vocabulary, V; GPT-2's 50,257 padded to a multiple of 64
-    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads; None: n_head
+    n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads
     n_signal: int | None = None  # signals, S; None: n_embd
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd rounded up to a multiple of 256
-    vocab: Literal["factored", "topk", "dense"] = "factored"  # recipes x basis; the same, sparse; one plain matrix
+    vocab: Literal["factored", "topk", "dense"] = "factored"  # recipes @ basis; sparse recipes; one matrix
     top_k: int = 64  # topk only: a recipe keeps its k largest positive signals
     dropout: float = 0.0  # on the embedding and on what each block adds; 0 for pre-training
     norm_eps: float = 1e-6  # RMSNorm's epsilon
@@ -90,18 +90,18 @@ class ModelConfig:
         return min(self.vocab_size, N_TOKENS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The vocabulary, and the loss over it
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits z (N, S) @ codes.T (S, V), never holding more than `chunk` rows of them.
 
-    A chunk's logits are turned into its gradient at once, in `forward`, while they are at hand: computing them again
-    in `backward` would cost a third more. That gradient is formed for an upstream gradient of `grad_scale` and
-    corrected to the true one in `backward`, so it is exact whatever comes; but give the loss scale there in fp16,
-    where p / N without it would vanish below 6e-8. The loss and the gradient of `codes` are summed in fp32 (fp64 for
-    fp64 inputs). Differentiable once.
+    A chunk's logits are turned into its gradient at once, in `forward`, while they are at hand: computing
+    them again in `backward` would cost a third more. That gradient is formed for an upstream gradient of
+    `grad_scale` and corrected to the true one in `backward`, so it is exact whatever comes; but give the loss
+    scale there in fp16, where p / N without it would vanish below 6e-8. The loss and the gradient of `codes`
+    are summed in fp32 (fp64 for fp64 inputs). Differentiable once.
     """
 
     @staticmethod
@@ -123,7 +123,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             y = y.unsqueeze(1).where(valid, 0)  # (C, 1)
             torch.mm(z_c, weight.T, out=logits)
             torch.softmax(logits, dim=-1, dtype=exact, out=p)
-            # log sum exp, from the largest logit and its probability: exact, without another pass of exponentials
+            # log sum exp, from the largest logit and its probability: exact, and saves a pass
             lse = logits.amax(1, keepdim=True).to(exact) - p.amax(1, keepdim=True).log()
             loss += ((lse - logits.gather(1, y)) * valid).sum()
             if with_grad:
@@ -160,10 +160,12 @@ class Vocab(nn.Module):
         return F.linear(self.signals(h), self.recipes())
 
     def loss(self, h, targets, grad_scale=1.0):
-        """h (N, d), normalised, targets (N,) -> mean cross-entropy over the targets that are not IGNORE, fp32."""
+        """h (N, d), normalised, targets (N,) -> mean cross-entropy over targets that are not IGNORE, fp32."""
         z, codes = self.signals(h), self.recipes()
         with torch.autocast(z.device.type, enabled=False):
-            return ChunkedCrossEntropy.apply(z, codes, targets, grad_scale, self.chunk, torch.is_grad_enabled())
+            return ChunkedCrossEntropy.apply(
+                z, codes, targets, grad_scale, self.chunk, torch.is_grad_enabled()
+            )
 
 
 class FactoredVocab(Vocab):
@@ -196,7 +198,7 @@ class FactoredVocab(Vocab):
 
 
 class TopKVocab(FactoredVocab):
-    """A factored vocabulary with hard sparsity: a recipe is its top_k largest positive entries, the rest are zero."""
+    """A factored vocabulary with hard sparsity: a recipe keeps its top_k largest positive entries."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -214,7 +216,7 @@ class TopKVocab(FactoredVocab):
 
 
 class DenseVocab(Vocab):
-    """The plain tied embedding, seen as a factored one: its signals are the coordinates of the residual stream."""
+    """The plain tied embedding, seen as a factored one: its signals are the residual coordinates."""
 
     def __init__(self, config):
         super().__init__()
@@ -242,13 +244,13 @@ class DenseVocab(Vocab):
 VOCABS = {"factored": FactoredVocab, "topk": TopKVocab, "dense": DenseVocab}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The backbone
 
 
 @lru_cache(maxsize=8)
 def rope_table(length, head_dim, base, device):
-    """cos and sin of every position's angles, each (length, head_dim / 2), fp32 whatever the model's precision."""
+    """cos and sin of every position's angles, each (length, head_dim / 2), always fp32."""
     with torch.inference_mode(False):  # kept over calls, so it must also serve a training step
         freqs = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs)
@@ -256,7 +258,7 @@ def rope_table(length, head_dim, base, device):
 
 
 def rotate(x, cos, sin):
-    """Rotate adjacent pairs of x (B, H, T, head_dim); cos and sin (T, head_dim / 2) or (B, 1, T, head_dim / 2)."""
+    """Rotate adjacent pairs of x (B, H, T, D); cos and sin (T, D / 2) or (B, 1, T, D / 2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, head_dim / 2) each; times fp32 angles gives fp32
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -280,7 +282,8 @@ class KVCache:
         self.lengths = [n + 1 for n in self.lengths]
         longest = max(self.lengths)
         ragged = min(self.lengths) < longest
-        self.mask = (torch.arange(longest, device=device) <= positions[:, None])[:, None, None] if ragged else None
+        held = torch.arange(longest, device=device) <= positions[:, None]  # (B, longest)
+        self.mask = held[:, None, None] if ragged else None
         return positions[:, None]
 
     def append(self, layer, k, v):
@@ -308,7 +311,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, layer=0):
         """x (B, T, d) -> (B, T, d)."""
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D)
+        heads = (B, T, -1, self.head_dim)
+        q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = q.size(1) // k.size(1)  # query heads on one key head
         if cache is not None and cache.lengths is not None:
@@ -321,7 +325,9 @@ class Attention(nn.Module):
                 cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
             if group > 1:  # enable_gqa would leave the fused kernels on a T4
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # a mask would cost (T, T) memory on a T4
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True
+            )  # a mask would cost (T, T) memory on a T4
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
         return self.o(y)
 
@@ -358,7 +364,7 @@ class ReFlow(nn.Module):
         self.vocab = VOCABS[config.vocab](config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.activation_checkpointing = False  # recompute each block in backward: less memory, a third more work
+        self.activation_checkpointing = False  # recompute blocks in backward: less memory, a third more work
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -371,7 +377,7 @@ class ReFlow(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def encode(self, idx, cache=None, lengths=None):
-        """idx (B, T) -> normalised final residual stream (B, T, d). `lengths`: real tokens a row, to fill a cache."""
+        """idx (B, T) -> normalised final residual stream (B, T, d). A cache wants the rows' `lengths`."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
@@ -395,7 +401,7 @@ class ReFlow(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None, grad_scale=1.0):
-        """idx (B, T) -> (logits (B, T, V) fp32, None); with targets (B, T) -> (None, mean loss), without the logits.
+        """idx (B, T) -> (logits (B, T, V) fp32, None); with targets (B, T) -> (None, mean loss), no logits.
 
         Targets of IGNORE count for nothing. `grad_scale`: see ChunkedCrossEntropy; matters in fp16 only.
         """
@@ -405,7 +411,7 @@ class ReFlow(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32)), None
         return None, self.vocab.loss(h.flatten(0, 1), targets.flatten(), grad_scale)
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def stream(
@@ -421,9 +427,10 @@ class ReFlow(nn.Module):
     ):
         """Continue B prompts (lists of token ids, lengths may differ) together; yield a list of B ids a step.
 
-        A row that has produced `stop` yields None from then on; the stream ends when all have. Temperature 0 is
-        greedy. A context that outgrows block_size goes on with its last half, which is encoded anew: the window is a
-        function of the length alone, so that cached and uncached, batched and single generation agree.
+        A row that has produced `stop` yields None from then on; the stream ends when all have. Temperature 0
+        is greedy. A context that outgrows block_size goes on with its last half, which is encoded anew: the
+        window is a function of the length alone, so that cached and uncached, batched and single generation
+        agree.
         """
         rows, done, cache, starts = [list(p) for p in prompts], [False] * len(prompts), None, None
         device, capacity = self.norm.weight.device, self.config.block_size
@@ -439,8 +446,12 @@ class ReFlow(nn.Module):
                 longest = max(lengths)
                 if use_cache:
                     cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
-                idx = torch.tensor([w + [0] * (longest - len(w)) for w in windows], device=device)  # (B, longest)
-                h = self.encode(idx, cache, lengths)[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
+                idx = torch.tensor(
+                    [w + [0] * (longest - len(w)) for w in windows], device=device
+                )  # (B, longest)
+                h = self.encode(idx, cache, lengths)[
+                    torch.arange(len(rows)), torch.tensor(lengths) - 1
+                ]  # (B, d)
             logits = self.vocab.logits(h).float()[:, : self.config.n_tokens]  # (B, n_tokens)
             tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
             for row, token in zip(rows, tokens, strict=True):
@@ -452,7 +463,9 @@ class ReFlow(nn.Module):
 
     def kv_dtype(self):
         device = self.norm.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
+        return (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
+        )
 
     def generate(self, prompts, max_new_tokens, **how):
         """Like `stream`, all at once: a list of B lists of new ids; `stop` itself is left out."""
@@ -482,52 +495,3 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         drop = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first is always kept
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a model costs, and what hardware computes in
-
-
-def parameter_table(model):
-    """Parameters by part: {"recipe": ..., "basis": ..., "attention": ..., "mlp": ..., "norms": ...}."""
-    part = {"recipe": "recipe", "basis": "basis", "vocab": "embedding", "attn": "attention", "mlp": "mlp"}
-    table = {}
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        key = next((part[word] for word in part if word in words), "norms")
-        table[key] = table.get(key, 0) + parameter.numel()
-    return table
-
-
-def flops_per_token(config, length):
-    """Floating-point operations of a training step per token, at sequences of `length`: three times the forward pass,
-    which spends 2 on each weight of each product and 4 * length * d a layer on attention (not halved for causality,
-    as in Chowdhery et al., 2022, appendix B)."""
-    c, d = config, config.n_embd
-    layer = 2 * d * d + 2 * d * c.kv_heads * c.head_dim + 3 * d * c.hidden
-    vocab = c.vocab_size * d if c.vocab == "dense" else c.vocab_size * c.signals + 2 * c.signals * d
-    return 3 * (2 * (c.n_layer * layer + vocab) + 4 * c.n_layer * length * d)
-
-
-def pick_device(name="auto"):
-    """`auto` is cuda, then mps, then cpu."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(device, name="auto"):
-    """The precision to compute in on `device`: bf16 where hardware has it, fp16 on older GPUs, else fp32.
-
-    torch.cuda.is_bf16_supported() is no guide: it says True on a T4, which emulates bf16 slowly.
-    """
-    if name == "auto":
-        kind = torch.device(device).type
-        if kind == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        elif kind == "cpu":
-            has = torch.cpu.get_capabilities()
-            name = "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "amx_tile")) else "fp32"
-        else:
-            name = "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

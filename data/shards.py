@@ -83,7 +83,7 @@ class Writer:
         # What the whole shards of a split hold: the documents and bytes before `document`, and its first
         # `offset` tokens.
         empty = {"document": 0, "offset": 0, "documents": 0, "bytes": 0, "shards": []}
-        self.closed = self._read_progress() or {split: empty for split in SPLITS}
+        self.closed = self._read_progress() or dict.fromkeys(SPLITS, empty)
         self.documents = {split: self.closed[split]["documents"] for split in SPLITS}
         self.bytes = {split: self.closed[split]["bytes"] for split in SPLITS}
         self.next = {split: self.closed[split]["document"] for split in SPLITS}

@@ -172,7 +172,7 @@ def prepare(cfg):
     from tqdm import tqdm
 
     if cfg.source is None:
-        source, licence = "OpenWebText, huggingface.co/datasets/Skylion007/openwebtext", "collection: CC0"
+        source, licence = "OpenWebText (Skylion007/openwebtext)", "collection: CC0"
         recipe, texts = {}, openwebtext(cfg)
     else:
         paths = local_files(cfg.source)

@@ -1,0 +1,29 @@
+"""
+reFlow-1 with hard sparsity: a recipe keeps its 64 largest positive signals. 463,668,224 parameters.
+
+    python data/openwebtext/prepare.py
+    torchrun --standalone --nproc_per_node=4 train.py config/reflow_1_topk.py
+
+Published validation loss: none.
+"""
+
+out_dir = "out/reflow-1-topk"
+vocab = "topk"
+top_k = 64
+n_layer = 32
+n_head = 16
+n_embd = 1024
+n_signal = 1024
+micro_batch_size = 2
+
+dataset = "openwebtext"
+block_size = 1024
+batch_size = 176
+max_steps = 50_000
+warmup_steps = 1000
+lr = 6e-4
+min_lr = 6e-5
+weight_decay = 0.1
+eval_interval = 500
+eval_sequences = 352
+save_interval = 1000

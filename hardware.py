@@ -1,0 +1,144 @@
+"""
+What the machine gives, and what a model asks of it: devices and precisions, FLOPs, memory, time.
+"""
+
+import os
+
+import torch
+
+from model import ReFlow
+
+# Dense half-precision peak, TFLOP/s, from the makers' data sheets; for the utilisation column (MFU).
+PEAK_TFLOPS = {
+    "T4": 65,
+    "V100": 125,
+    "A100": 312,
+    "A10": 125,
+    "L40S": 362,
+    "L4": 121,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(device):
+    """FLOP/s that the data sheet of a CUDA card promises, None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+
+
+def parameter_table(model):
+    """Parameters by part: {"recipe": ..., "basis": ..., "attention": ..., "mlp": ..., "norms": ...}."""
+    part = {"recipe": "recipe", "basis": "basis", "vocab": "embedding", "attn": "attention", "mlp": "mlp"}
+    table = {}
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        key = next((part[word] for word in part if word in words), "norms")
+        table[key] = table.get(key, 0) + parameter.numel()
+    return table
+
+
+def flops_per_token(config, length):
+    """Floating-point operations of a training step per token, at sequences of `length`: three times the
+    forward pass, which spends 2 on each weight of each product and 4 * length * d a layer on attention
+    (not halved for causality, as in Chowdhery et al., 2022, appendix B)."""
+    c, d = config, config.n_embd
+    layer = 2 * d * d + 2 * d * c.kv_heads * c.head_dim + 3 * d * c.hidden
+    vocab = c.vocab_size * d if c.vocab == "dense" else c.vocab_size * c.signals + 2 * c.signals * d
+    return 3 * (2 * (c.n_layer * layer + vocab) + 4 * c.n_layer * length * d)
+
+
+def pick_device(name="auto"):
+    """`auto` is cuda, then mps, then cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(device, name="auto"):
+    """The precision to compute in on `device`: bf16 where hardware has it, fp16 on older GPUs, else fp32.
+
+    torch.cuda.is_bf16_supported() is no guide: it says True on a T4, which emulates bf16 slowly.
+    """
+    if name == "auto":
+        kind = torch.device(device).type
+        if kind == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif kind == "cpu":
+            has = torch.cpu.get_capabilities()
+            name = "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "amx_tile")) else "fp32"
+        else:
+            name = "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def activation_bytes(c, half):
+    """Bytes that a token leaves in a block for the backward pass; inputs of norms stay fp32."""
+    b, d, kv = (2 if half else 4), c.n_embd, c.kv_heads * c.head_dim
+    norms = 4 * (d + d)  # the residual stream before each norm
+    attention = b * (d + d + kv + kv + d + d)  # normed input; q, k, v rotated; output; its heads side by side
+    mlp = b * (d + 4 * c.hidden)  # normed input; gate, up, silu(gate), product
+    return norms + attention + mlp
+
+
+def memory_plan(model, m, c, half, world):
+    """{part: bytes} of the peak on one of `world` devices: in the loss, when every activation is alive."""
+    n, tokens = sum(p.numel() for p in model.parameters()), c.micro_batch_size * m.block_size
+    shards = world if c.parallel == "fsdp" else 1
+    layer, chunk = activation_bytes(m, half), min(tokens, model.vocab.chunk)
+    layers = m.n_layer * layer
+    if c.activation_checkpointing:  # a block at a time, and each one's input
+        layers = layer + m.n_layer * 4 * m.n_embd
+    columns = m.n_embd if m.vocab == "dense" else m.signals
+    # In the loss: logits and, in fp32, their probabilities; the gradient's sum over chunks and one chunk's share.
+    chunk_bytes, gradient_bytes = (2 + 4, 4 + 2) if half else (4 + 4, 4)
+    plan = {
+        "weights, fp32": 4 * n / shards,
+        "gradients, fp32": 4 * n / shards,
+        "AdamW moments, fp32": 8 * n / shards,
+        "weights in half precision": 2 * n * half,
+        "activations": layers * tokens,
+        "loss: a chunk of logits": chunk_bytes * chunk * m.vocab_size,
+        "loss: gradient of the vocabulary": gradient_bytes * m.vocab_size * columns,
+    }
+    if m.vocab == "topk":  # after ReLU, after Top-K, and the places of the k largest
+        plan["sparse recipes"] = m.vocab_size * (8 * columns + 8 * m.top_k)
+    return plan
+
+
+def dry_run(m, c):
+    """Print what a run needs; train nothing, read no data, write nothing."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with torch.device("meta"):
+        model = ReFlow(m)
+    table = parameter_table(model)
+    for part, n in table.items():
+        print(f"  {part:10} {n:>13,} parameters")
+    print(f"  {'total':10} {sum(table.values()):>13,} parameters")
+
+    tokens, flops = c.batch_size * m.block_size, flops_per_token(m, m.block_size)
+    print(f"  {tokens:,} tokens a step, {tokens * c.max_steps:,} in {c.max_steps:,} steps")
+    print(f"  {flops:,} FLOPs a token in training, {flops * tokens * c.max_steps:.3g} in all")
+
+    device = torch.device(pick_device(c.device))
+    half = pick_dtype(device, c.dtype) != torch.float32
+    plans = [(f"this run, {world} x {device.type}", half, world)]
+    if device.type != "cuda":
+        plans.append(("a CUDA card, fp16 or bf16", True, world))
+    for title, is_half, n in plans:
+        plan = memory_plan(model, m, c, is_half, n)
+        print(f"  memory on {title}: about {sum(plan.values()) / 2**30:.2f} GiB, with")
+        for part, size in plan.items():
+            print(f"    {part:34} {size / 2**30:6.2f} GiB")
+
+    # An assumption, not a measurement: fp16 training reaches a third of the data sheet's peak on a T4.
+    work = flops * tokens * c.max_steps * (4 / 3 if c.activation_checkpointing else 1)
+    hours = work / (4 * 1e12 * PEAK_TFLOPS["T4"] / 3) / 3600
+    print(f"  time on 4 x T4: about {hours:.3g} h, if a third of {PEAK_TFLOPS['T4']} TFLOP/s each is reached")
+    for cards in (1, 2, 4, 8):
+        share = c.batch_size / (cards * c.micro_batch_size)
+        fits = f"{share:g} micro-batches" if share.is_integer() else "does not divide"
+        print(f"  on {cards} processes: {fits} a step")

@@ -1,0 +1,105 @@
+"""
+Continue text with a trained model.
+
+    python sample.py                                             the newest run under out/
+    python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
+    python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
+
+All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
+"""
+
+import configurator
+
+if __name__ == "__main__":
+    configurator.help(__file__)
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from configurator import UserError
+from data.tokenizer import END_OF_TEXT, encoding
+from hardware import pick_device, pick_dtype
+
+
+@dataclass
+class SampleConfig:
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    prompt: str = "The American people"  # text to continue, or FILE:path; empty: a new document
+    num_samples: int = 2  # samples, generated together
+    max_new_tokens: int = 100  # tokens a sample may add
+    temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
+    top_k: int | None = 200  # sample among the k likeliest tokens only; None: all
+    top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
+    seed: int = 0  # of the samples
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    dtype: str = "auto"  # auto: bf16 where hardware has it, fp16 on older GPUs, else fp32
+
+    def __post_init__(self):
+        if min(self.num_samples, self.max_new_tokens) < 1 or self.temperature < 0:
+            raise ValueError("num_samples and max_new_tokens must be at least 1, temperature at least 0")
+        if (self.top_k is not None and self.top_k < 1) or not 0 < (
+            1 if self.top_p is None else self.top_p
+        ) <= 1:
+            raise ValueError("top_k must be at least 1, top_p above 0 and at most 1")
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"dtype={self.dtype} must be auto, fp32, bf16 or fp16")
+
+
+def read_prompt(prompt):
+    """The text that --prompt means. UserError if its file cannot be read."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompt={prompt}: {error}") from None
+
+
+def main():
+    (c,) = configurator.parse(SampleConfig)
+    text = read_prompt(c.prompt)
+    step = checkpoint.find(c.run)
+    device = torch.device(pick_device(c.device))
+    model, state = checkpoint.load_model(step, device)
+    model.to(pick_dtype(device, c.dtype))
+    validation = f", validation loss {state['val_loss']:.4f}" if state["val_loss"] is not None else ""
+    print(f"{step}: step {state['step']}{validation}", file=sys.stderr)
+
+    tokenizer = encoding()
+    prompt = tokenizer.encode(text, allowed_special="all") or [
+        END_OF_TEXT
+    ]  # a document begins after the last one's end
+    if not text:
+        print("empty prompt: starting a new document", file=sys.stderr)
+    if len(prompt) > model.config.block_size:
+        print(f"prompt of {len(prompt)} tokens: only the last {model.config.block_size} fit", file=sys.stderr)
+        prompt = prompt[-model.config.block_size :]
+
+    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": END_OF_TEXT}
+    generator = torch.Generator(device).manual_seed(c.seed)
+    samples = [[] for _ in range(c.num_samples)]
+    show = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    start = time.perf_counter()
+    print(text, end="", flush=True)
+    for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
+        for sample, token in zip(samples, tokens, strict=True):
+            if token is not None and token != END_OF_TEXT:
+                sample.append(token)
+        if tokens[0] is not None and tokens[0] != END_OF_TEXT:
+            print(show.decode(tokenizer.decode_single_token_bytes(tokens[0])), end="", flush=True)
+    print(show.decode(b"", final=True))
+    for sample in samples[1:]:
+        print("-" * 40)
+        print(text + tokenizer.decode(sample))
+    n, seconds = sum(map(len, samples)), time.perf_counter() - start
+    print(f"{n} tokens in {seconds:.1f} s, {n / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    configurator.run(main)
