@@ -62,7 +62,7 @@ def save(run, step, model, optimizer, state, keep, best):
         write_atomically(run / pointer, name + "\n")
 
     kept = {"step_000000", name, pointed(run, "best")}
-    for old in sorted(p for p in steps(run) if p.name not in kept)[: -(keep - 1) or None]:
+    for old in [p for p in steps(run) if p.name not in kept][: -(keep - 1) or None]:
         shutil.rmtree(old)
 
 
@@ -81,7 +81,7 @@ def read_state(step):
     """state.json of a checkpoint folder, after a check that its files are whole. Raises UserError."""
     try:
         state = json.loads((step / "state.json").read_text(encoding="utf-8"))
-        sizes = state["sizes"]
+        sizes = {file: state["sizes"][file] for file in WEIGHTS}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{step} is no checkpoint: its state.json is missing or damaged") from None
     for file, size in sizes.items():

@@ -93,7 +93,7 @@ def memory_plan(model, m, c, half, world):
     if c.activation_checkpointing:  # a block at a time, and each one's input
         layers = layer + m.n_layer * 4 * m.n_embd
     columns = m.n_embd if m.vocab == "dense" else m.signals
-    # In the loss: logits and, in fp32, their probabilities; the gradient's sum over chunks and one chunk's share.
+    # The loss holds logits and, in fp32, probabilities; the gradient summed so far and one chunk's share.
     chunk_bytes, gradient_bytes = (2 + 4, 4 + 2) if half else (4 + 4, 4)
     plan = {
         "weights, fp32": 4 * n / shards,

@@ -68,8 +68,6 @@ def main():
     device = torch.device(pick_device(c.device))
     model, state = checkpoint.load_model(step, device)
     model.to(pick_dtype(device, c.dtype))
-    validation = f", validation loss {state['val_loss']:.4f}" if state["val_loss"] is not None else ""
-    print(f"{step}: step {state['step']}{validation}", file=sys.stderr)
 
     tokenizer = encoding()
     prompt = tokenizer.encode(text, allowed_special="all") or [
@@ -98,7 +96,9 @@ def main():
         print("-" * 40)
         print(text + tokenizer.decode(sample))
     n, seconds = sum(map(len, samples)), time.perf_counter() - start
-    print(f"{n} tokens in {seconds:.1f} s, {n / seconds:.0f} tokens/s", file=sys.stderr)
+    loss = state["whole_val_loss"] or state["val_loss"]
+    print(f"\n{n} tokens in {seconds:.1f} s from {step}", file=sys.stderr)
+    print(f"validation loss {loss:.4f}, {state['bits_per_byte']:.4f} bits per byte", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def make_optimizer(model, c, device):
 
 
 def evaluate(model, dataset, n_sequences, batch_size, device, autocast, rank, world):
-    """Mean validation loss, nats per token, of the first `n_sequences` windows; all processes share the work."""
+    """Mean validation loss, nats per token, of the first `n_sequences` windows, shared by all processes."""
     model.eval()
     n = min(n_sequences, dataset.n_windows)
     total = torch.zeros(2, dtype=torch.float64)  # loss, windows
@@ -165,14 +165,10 @@ def restore_state(model, optimizer, weights, moments):
 
 
 def versions():
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
+    commit, command = "", ["git", "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -333,6 +329,7 @@ def main():
         weights, moments = gather_state(raw, optimizer)  # on every process
         if first:
             state = {"val_loss": val_loss, "best_val_loss": best, "whole_val_loss": whole_val_loss}
+            state |= {"bits_per_byte": bits_per_byte * (whole_val_loss or val_loss)}
             state |= {
                 "config": {"model": asdict(m), "train": asdict(c)},
                 "data_sha256": train_set.data_sha256,
@@ -427,11 +424,12 @@ def main():
             if step == c.max_steps:
                 whole_val_loss = validate(val_set.n_windows, "whole_val_loss")
             if step == c.max_steps or step % c.save_interval == 0:
-                is_best, best = val_loss < best, min(val_loss, best)
+                is_best, best = val_loss < best, min(best, val_loss)  # in this order: a NaN is no best
                 save(is_best)
             clock += time.perf_counter() - paused
         if stop and step < c.max_steps:
-            save(is_best=False)
+            if step % c.save_interval:  # else it has just been saved
+                save(is_best=False)
             name = asked[0] if asked else "another process"
             say(f"stopped by {name} at step {step}: saved; go on with --resume")
             break

@@ -4,9 +4,10 @@ reFlow-1, the published run: 463,668,224 parameters; OpenWebText, 50,000 steps o
     python data/openwebtext/prepare.py
     torchrun --standalone --nproc_per_node=4 train.py config/reflow_1.py
 
-Published validation loss: 3.01 (4 x T4). Not reproduced here: by --dry_run it takes about 90 hours on 4 x T4 and
-11.1 GiB on each in fp16, without activation checkpointing. 176 sequences are 88, 44 and 22 micro-batches of 2 on
-1, 2 and 4 cards; 4 would need 14 GiB, too near a T4's 15. On a larger card raise --micro_batch_size.
+Published validation loss: 3.01 (4 x T4). Not reproduced here: --dry_run says about 90 hours on 4 x T4 and,
+in fp16 without activation checkpointing, 11.1 GiB on each. 176 sequences are 88, 44 and 22
+micro-batches of 2 on 1, 2 and 4 cards; 4 would need 14 GiB, too near a T4's 15. On a larger card raise
+--micro_batch_size.
 """
 
 out_dir = "out/reflow-1"
