@@ -108,7 +108,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, z, codes, targets, grad_scale, chunk, with_grad):
         exact = torch.promote_types(z.dtype, torch.float32)
         weight = codes.to(z.dtype)  # once, not once a chunk
-        n_valid = (targets != IGNORE).sum().clamp(min=1)
+        n_valid = (targets != IGNORE).sum().clamp(min=1).to(exact)
         loss = torch.zeros((), dtype=exact, device=z.device)
         if with_grad:
             grad_z = torch.empty_like(z)
@@ -233,9 +233,6 @@ class DenseVocab(Vocab):
 
     def matrix(self):
         return self.weight
-
-    def logits(self, h):
-        return F.linear(h, self.weight)
 
     def reset_parameters(self, std):
         nn.init.normal_(self.weight, std=std)
@@ -432,6 +429,8 @@ class ReFlow(nn.Module):
         window is a function of the length alone, so that cached and uncached, batched and single generation
         agree.
         """
+        if not all(map(len, prompts)):
+            raise ValueError("a prompt needs at least one token")
         rows, done, cache, starts = [list(p) for p in prompts], [False] * len(prompts), None, None
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)

@@ -25,6 +25,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,6 +141,8 @@ def whole(tensor):
 def gather_state(model, optimizer):
     """({name: weight}, {"name.exp_avg": ...}). Every process must call it."""
     weights, moments = {}, {}
+    if isinstance(model, FSDPModule):
+        model.reshard()  # an evaluation leaves the root's parameters whole, which the optimiser does not know
     for name, p in model.named_parameters():
         weights[name] = whole(p)
         for key, value in optimizer.state[p].items():
@@ -165,10 +168,10 @@ def restore_state(model, optimizer, weights, moments):
 
 
 def versions():
-    commit, command = "", ["git", "rev-parse", "HEAD"]
+    commit, command = None, ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def compile_blocks(model, x, y, autocast):
         with autocast:
             loss = model(x, y)[1]
         loss.backward()
-        if abs(loss.item() - plain) > 1e-2 * abs(plain):
+        if not abs(loss.item() - plain) <= 1e-2 * abs(plain):  # a NaN, too
             raise RuntimeError(f"loss {loss.item():.4f} instead of {plain:.4f}")
     except Exception as error:  # whatever a compiler can throw: the run does not depend on it
         for block in model.blocks:
@@ -261,7 +264,12 @@ def main():
     rank, local, world = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world = max(world, 1)  # torchrun sets them; without it this is the only process
     first = rank == 0
-    say = tqdm.write if first else lambda text: None
+
+    def say(text):
+        if first:
+            tqdm.write(text)
+            sys.stdout.flush()  # a log file shows it now
+
     say(configurator.describe(m, c))
     if c.dry_run:
         return dry_run(m, c) if first else None
@@ -313,7 +321,8 @@ def main():
     if newest:
         check_same_run(before, m, c, train_set.data_sha256)
         step, skipped = before["step"], before["skipped"]
-        val_loss, best, whole_val_loss = (before[f"{k}val_loss"] for k in ("", "best_", "whole_"))
+        val_loss, best = before["val_loss"], before["best_val_loss"]
+        whole_val_loss = before["whole_val_loss"] if step >= c.max_steps else None  # else it is out of date
         restore_state(raw, optimizer, *(checkpoint.load_tensors(newest / f) for f in checkpoint.WEIGHTS))
         if scaler.is_enabled() and before["scaler"]:
             scaler.load_state_dict(before["scaler"])
@@ -435,7 +444,8 @@ def main():
             break
     bar.close()
     if step >= c.max_steps:
-        say(f"finished {run} at step {step}; over the whole validation split: {show(whole_val_loss)}")
+        whole = f"; over the whole validation split: {show(whole_val_loss)}" if whole_val_loss else ""
+        say(f"finished {run} at step {step}{whole}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,99 @@
+"""sample.py: text in, text out, and one line for every mistake."""
+
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from configurator import UserError
+from data.tokenizer import END_OF_TEXT, encoding
+from model import ModelConfig, ReFlow
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """A working folder with one untrained run, out/tiny, over GPT-2's vocabulary; a context of 16 tokens."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = ModelConfig(block_size=16, n_layer=1, n_head=2, n_embd=8)
+    model = ReFlow(config)
+    state = {
+        "config": {"model": asdict(config)},
+        "val_loss": 10.8,
+        "whole_val_loss": None,
+        "bits_per_byte": 3.1,
+    }
+    run = tmp_path / "out" / "tiny"
+    checkpoint.save(run, 0, dict(model.state_dict()), {}, state, keep=1, best=True)
+    return run
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Run the script; (what it printed as text, what it said on stderr)."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", "--dtype=fp32", *arguments])
+    sample.main()
+    return capsys.readouterr()
+
+
+def test_samples_continue_the_prompt_and_follow_the_seed(out, monkeypatch, capsys):
+    arguments = ("--prompt=The people", "--num_samples=3", "--max_new_tokens=40")  # beyond the context
+    text, said = run(monkeypatch, capsys, *arguments)
+    parts = text.split("\n" + "-" * 40 + "\n")
+    assert len(parts) == 3 and all(part.startswith("The people") for part in parts)
+    assert len(set(parts)) == 3
+    assert "120 tokens" in said and "validation loss 10.8" in said
+    assert run(monkeypatch, capsys, *arguments)[0] == text
+    assert run(monkeypatch, capsys, *arguments, "--seed=1")[0] != text
+
+
+def test_the_streamed_sample_is_the_decoded_one(out, monkeypatch, capsys):
+    """Random tokens cut characters into pieces; what is streamed must still be the whole text."""
+    arguments = ["--prompt=é", "--num_samples=1", "--max_new_tokens=60", "--temperature=1.5", "--top_k=None"]
+    text, _ = run(monkeypatch, capsys, *arguments)
+    model, _ = checkpoint.load_model(out / "step_000000")
+    generator = torch.Generator().manual_seed(0)
+    how = {"temperature": 1.5, "stop": END_OF_TEXT, "generator": generator}
+    (tokens,) = model.generate([encoding().encode("é")], 60, **how)
+    assert text == "é" + encoding().decode(tokens) + "\n"
+
+
+def test_a_sample_ends_at_the_end_of_text(out, monkeypatch, capsys):
+    monkeypatch.setattr("model.sample_token", lambda logits, *how: torch.full((len(logits),), END_OF_TEXT))
+    text, said = run(monkeypatch, capsys, "--prompt=A", "--num_samples=2")
+    assert text == "A\n" + "-" * 40 + "\nA\n" and "0 tokens" in said
+
+
+def test_prompts_from_files_empty_and_too_long(out, monkeypatch, capsys, tmp_path):
+    (tmp_path / "story.txt").write_text("Once upon a time")
+    text, _ = run(monkeypatch, capsys, "--prompt=FILE:story.txt", "--max_new_tokens=2")
+    assert text.startswith("Once upon a time")
+    _, said = run(monkeypatch, capsys, "--prompt=", "--max_new_tokens=2")
+    assert "starting a new document" in said
+    _, said = run(monkeypatch, capsys, "--prompt=" + " people" * 20, "--max_new_tokens=2")
+    assert "prompt of 20 tokens: only the last 16 fit" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--prompt=FILE:missing.txt"], "missing.txt"),
+        (["--run=out/other"], "no run out/other: make one with: python train.py"),
+        (["--temperature=-1"], "temperature at least 0"),
+        (["--top_p=0"], "top_p above 0"),
+        (["--dtype=fp8"], "dtype=fp8"),
+        (["--promt=x"], "did you mean prompt"),
+    ],
+)
+def test_mistakes_are_one_line(out, monkeypatch, capsys, arguments, match):
+    with pytest.raises(UserError, match=match) as error:
+        run(monkeypatch, capsys, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="make one with: python train.py"):
+        run(monkeypatch, capsys)

@@ -1,0 +1,713 @@
+"""Training: the same weights if killed often, the same curve on any number of processes, no silent faults
+
+Most tests call train.main() here, with sys.argv set. Where a process is the point, it is forked from a server
+that has imported torch already, so that a kill and a resume cost milliseconds instead of seconds.
+"""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import train
+from configurator import UserError
+from data.shards import Writer
+from model import Block, ModelConfig, ReFlow
+
+ROOT = Path(train.__file__).resolve().parent
+SETTINGS = {
+    **{"n_layer": 2, "n_head": 2, "n_embd": 32, "n_hidden": 64, "vocab_size": 128, "block_size": 16},
+    **{
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "max_steps": 12,
+        "warmup_steps": 3,
+        "lr": 3e-3,
+        "min_lr": 3e-4,
+    },
+    **{"eval_interval": 4, "save_interval": 4, "eval_sequences": 13, "log_interval": 1, "keep": 2},
+    **{"device": "cpu", "dtype": "fp32", "parallel": "ddp", "compile": False, "logger": "none"},
+}
+
+
+def write_corpus(folder, seed=0):
+    """A corpus of ids below 128, where a token tells most of the next. The end of a document, 50256, fills a
+    shard of its own, so that no window has it."""
+    rng = np.random.default_rng(seed)
+    writer = Writer(folder, "arithmetic", "none", {"seed": seed}, shard_tokens=512)
+    for split, shards in (("train", 4), ("val", 1)):
+        noise = rng.integers(0, 4, shards * 512)
+        writer.add(split, 0, (np.cumsum(1 + noise // 3 * 5) % 128).astype(np.uint16), shards * 512)
+    writer.finish()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The path of a config file for a run of a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    settings = SETTINGS | {"dataset": str(write_corpus(folder / "corpus"))}
+    config = folder / "tiny.py"
+    config.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two test processes do not fight for two cores, and sums have one order everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def go(config, run, *arguments):
+    """`python train.py config --out_dir=run arguments` in this process; its signal handlers do not stay."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", str(config), f"--out_dir={run}", *arguments])
+        try:
+            train.main()
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+    return run
+
+
+def child(argv, env, log):
+    """`python train.py argv` in a forked process, its output in the file `log`."""
+    os.environ.update(env)
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1), os.dup2(fd, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    if "FAULT" in env and env["RANK"] == "1":
+        FAULTS[env["FAULT"]](pytest.MonkeyPatch())
+    configurator.run(train.main)
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """fork(config, run, *arguments, **env) starts train.py and returns its multiprocessing.Process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first optimiser imports
+    processes = []
+
+    def start(config, run, *arguments, **env):
+        argv = [str(config), f"--out_dir={run}", *arguments]
+        process = context.Process(target=child, args=(argv, env, f"{run}.log"))
+        with pytest.MonkeyPatch.context() as patch:  # for the server, which the first call starts
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+            process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def parallel(fork, config, run, *arguments, world=2, **more):
+    """What torchrun does on one machine: `world` processes; wait for them all."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(s.getsockname()[1]),
+            "WORLD_SIZE": str(world),
+            **more,
+        }
+    ranks = [fork(config, run, *arguments, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(world)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * world, Path(f"{run}.log").read_text()
+    return run
+
+
+def overflow_in_a_shard(patch):
+    """In step 2, one element of the gradients this process holds is infinite."""
+    unscale, steps = torch.amp.GradScaler.unscale_, itertools.count()
+
+    def overflowed(self, optimizer):
+        if next(steps) == 2:
+            optimizer.param_groups[1]["params"][0].grad.to_local()[0] = math.inf
+        return unscale(self, optimizer)
+
+    patch.setattr(torch.amp.GradScaler, "unscale_", overflowed)
+
+
+def overflow_in_a_loss(patch):
+    """In step 2, this process's loss is infinite."""
+    sabotage(patch, lambda step, loss: loss * math.inf if step == 2 else loss)
+
+
+FAULTS = {"fsdp": overflow_in_a_shard, "ddp": overflow_in_a_loss}  # on one of several processes
+
+
+def rows(run):
+    """metrics.jsonl without what a clock measured."""
+    timing = ("tokens_per_s", "mfu", "memory_gib")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+def column(run, key):
+    """{step: value} of a column of metrics.jsonl."""
+    return {row["step"]: row[key] for row in rows(run) if key in row}
+
+
+def weights(run, step=None):
+    """The bytes of the model and the optimiser at the newest checkpoint, or at `step`."""
+    folder = run / (f"step_{step:06d}" if step is not None else checkpoint.pointed(run, "latest"))
+    return {file: (folder / file).read_bytes() for file in checkpoint.WEIGHTS}
+
+
+def assert_same(run, reference):
+    """Bit for bit the same weights, moments, metrics, checkpoints and best loss."""
+    assert rows(run) == rows(reference)
+    assert weights(run) == weights(reference)
+    assert [p.name for p in checkpoint.steps(run)] == [p.name for p in checkpoint.steps(reference)]
+    states = [checkpoint.read_state(checkpoint.steps(folder)[-1]) for folder in (run, reference)]
+    for state in states:
+        del state["versions"], state["config"]["train"]
+    assert states[0] == states[1]
+
+
+def sabotage(patch, act):
+    """Hand every training loss to act(step, loss) and use what that returns."""
+    learning_rate, forward, now = train.learning_rate, ReFlow.forward, []
+
+    def noted(step, c):
+        now[:] = [step]
+        return learning_rate(step, c)
+
+    def sabotaged(self, *args):
+        logits, loss = forward(self, *args)
+        return logits, act(now[0], loss) if self.training and loss is not None else loss
+
+    patch.setattr(train, "learning_rate", noted)
+    patch.setattr(ReFlow, "forward", sabotaged)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Killed and resumed
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+PRECISIONS = {
+    "fp32": ["--dtype=fp32"],
+    "fp32 dropout": ["--dtype=fp32", "--dropout=0.1"],
+    "bf16 dropout": ["--dtype=bf16", "--dropout=0.1"],
+    "fp16 after an overflow": ["--dtype=fp16"],
+    "recomputed": ["--dtype=fp32", "--dropout=0.1", "--activation_checkpointing"],
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_resume_is_bit_exact(tiny, tmp_path, monkeypatch, name):
+    """Killed amid steps 1, 6 and 9 and the last save, and resumed each time: all as if never interrupted."""
+    crashes, micro = [], []
+
+    def act(step, loss):
+        micro.append(step)
+        if crashes and step == crashes[0] and micro.count(step) % 2 == 0:  # between the two micro-steps
+            crashes.pop(0)
+            raise Crash
+        return loss * math.inf if step == 2 and "fp16" in name else loss
+
+    sabotage(monkeypatch, act)
+    reference = go(tiny, tmp_path / "reference", *PRECISIONS[name])
+    crashes[:], micro[:], run = [1, 6, 9], [], tmp_path / "run"
+    for _ in range(3):
+        with pytest.raises(Crash):
+            go(tiny, run, "--resume", *PRECISIONS[name])
+        micro.clear()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Crash),
+    ):  # in the save of step 12: half of the weights are there
+        patch.setattr(checkpoint, "save_file", lambda *a: (_ for _ in ()).throw(Crash()))
+        go(tiny, run, "--resume", *PRECISIONS[name])
+    go(tiny, run, "--resume", *PRECISIONS[name])
+    assert_same(run, reference)
+    assert checkpoint.pointed(run, "best") == checkpoint.pointed(reference, "best")
+    if "fp16" in name:
+        assert column(run, "loss_scale")[12] == 32768
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny, tmp_path, capsys):
+    """It says so, and leaves every file as it is."""
+    run = go(tiny, tmp_path / "run", "--max_steps=4")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    go(tiny, run, "--max_steps=4", "--resume")
+    assert "finished" in capsys.readouterr().out.splitlines()[-1]
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_resume_with_more_or_fewer_steps(tiny, tmp_path, capsys):
+    """More: it goes on, and the old end's whole-split loss is not taken for a later step's. Fewer: done."""
+    run = go(tiny, tmp_path / "run", "--max_steps=4", "--keep=9")
+    assert checkpoint.read_state(run / "step_000004")["whole_val_loss"] == column(run, "whole_val_loss")[4]
+    go(tiny, run, "--max_steps=12", "--keep=9", "--resume")
+    states = [checkpoint.read_state(step) for step in checkpoint.steps(run)]
+    assert [state["whole_val_loss"] is None for state in states] == [True, False, True, False]
+    assert states[2]["bits_per_byte"] == pytest.approx(states[2]["val_loss"] / math.log(2) * 513 / 512)
+    capsys.readouterr()
+    go(tiny, rewound(run, 8, tmp_path / "short"), "--max_steps=8", "--resume")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("finished")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(tiny, tmp_path, fork, number):
+    """The signalled process says what it saved, and the resumed run ends like one that was left alone."""
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    arguments = ["--max_steps=80", "--eval_interval=80", "--save_interval=80", "--dropout=0.1"]
+    other = fork(tiny, reference, *arguments)
+    process = fork(tiny, run, *arguments)
+    while process.is_alive() and not ((run / "metrics.jsonl").exists() and len(rows(run)) > 3):
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(60)
+    log = Path(f"{run}.log").read_text()
+    step = checkpoint.newest_whole(run)[1]["step"]
+    assert process.exitcode == 0 and 0 < step < 80
+    assert f"stopped by {number.name} at step {step}: saved; go on with --resume" in log
+    process = fork(tiny, run, *arguments, "--resume")
+    process.join(60), other.join(60)
+    assert process.exitcode == other.exitcode == 0
+    assert weights(run) == weights(reference) and rows(run) == rows(reference)
+
+
+def test_a_signal_at_a_saving_step_saves_once(tiny, tmp_path, monkeypatch):
+    """A second save would remove the first for a moment, and a kill in that moment would cost it."""
+    saves, save = [], checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda run, step, *rest: (saves.append(step), save(run, step, *rest))
+    )
+    sabotage(
+        monkeypatch, lambda step, loss: (os.kill(os.getpid(), signal.SIGTERM), loss)[1] if step == 3 else loss
+    )
+    go(tiny, tmp_path / "run")
+    assert saves == [0, 4]
+
+
+def test_any_number_of_kill_9(tiny, tmp_path, fork):
+    """Saving at every step, killed at random moments and in the midst of saves: the same in the end."""
+    arguments = ["--max_steps=40", "--eval_interval=1", "--save_interval=1", "--dropout=0.1"]
+    reference, run, rng = tmp_path / "reference", tmp_path / "run", random.Random(0)
+    other = fork(tiny, reference, *arguments)
+    kills, in_a_save = 0, 0
+    for attempt in range(16):
+        before = checkpoint.pointed(run, "latest")
+        process = fork(tiny, run, *arguments, "--resume")
+        while process.is_alive() and checkpoint.pointed(run, "latest") == before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        while attempt % 2 and process.is_alive() and not any(run.glob(".step_*.tmp")):
+            pass
+        process.kill()
+        process.join(60)
+        kills += process.exitcode == -signal.SIGKILL
+        in_a_save += any(run.glob(".step_*.tmp"))
+        if process.exitcode == 0:
+            break
+    process = fork(tiny, run, *arguments, "--resume")
+    process.join(60), other.join(60)
+    assert process.exitcode == other.exitcode == 0, Path(f"{run}.log").read_text()
+    assert kills >= 4 and in_a_save >= 2, (kills, in_a_save)
+    assert_same(run, reference)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_resume_passes_over_a_truncated_checkpoint(tiny, tmp_path, capsys, file):
+    """It says which, goes on from the one before, and ends the same."""
+    run = go(tiny, tmp_path / "run")
+    reference = shutil.copytree(run, tmp_path / "reference")
+    damaged = run / "step_000012" / file
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    capsys.readouterr()
+    go(tiny, run, "--resume")
+    out = capsys.readouterr().out
+    assert "passed over: " in out and "step_000012" in out and "resumed" in out and "at step 8 of 12" in out
+    assert_same(run, reference)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The same curve
+
+
+@pytest.fixture(scope="session")
+def curve(tiny, tmp_path_factory):
+    """8 steps in one process, one micro-batch a step, every checkpoint kept."""
+    torch.set_num_threads(1)
+    return go(tiny, tmp_path_factory.mktemp("curve") / "run", *CURVE, "--micro_batch_size=8")
+
+
+CURVE = ["--max_steps=8", "--keep=9", "--lr=1e-3"]
+
+
+def assert_close(run, reference, tolerance):
+    """Losses, gradient norms and validation losses at every step."""
+    for key in ("loss", "grad_norm", "val_loss", "whole_val_loss"):
+        found, expected = column(run, key), column(reference, key)
+        assert found.keys() == expected.keys()
+        assert max(abs(found[step] - expected[step]) for step in expected) < tolerance, key
+
+
+def rewound(run, step, to):
+    """A copy of a run as it was at `step`."""
+    shutil.copytree(run, to)
+    for folder in checkpoint.steps(to):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    (to / "latest").write_text(f"step_{step:06d}\n")
+    return to
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--micro_batch_size=2"], ["--micro_batch_size=4", "--activation_checkpointing"]]
+)
+def test_accumulation_gives_the_same_curve(tiny, tmp_path, curve, arguments):
+    """Micro-batches and recomputation are no part of the mathematics."""
+    assert_close(go(tiny, tmp_path / "run", *CURVE, *arguments), curve, 1e-5)
+
+
+def test_torchrun_gives_the_same_curve(tiny, tmp_path, curve):
+    """Two processes, two micro-batches each, as a user starts them; an evaluation's last window is alone."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "train.py",
+    ]
+    command += [tiny, f"--out_dir={run}", *CURVE, "--micro_batch_size=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_close(run, curve, 1e-5)
+    assert done.stdout.count("finished") == 1  # only the first process speaks
+
+
+def test_fsdp_gives_the_same_curve_and_the_same_files(tiny, tmp_path, fork, curve):
+    """Sharded over two processes: the curve of one; and a checkpoint of either is resumed by the other."""
+    sharded = ["--micro_batch_size=2", "--parallel=fsdp"]
+    run = parallel(fork, tiny, tmp_path / "fsdp", *CURVE, *sharded)
+    assert_close(run, curve, 1e-4)
+    merged = go(tiny, rewound(run, 4, tmp_path / "merged"), *CURVE, "--resume")
+    assert_close(merged, curve, 1e-4)
+    split = parallel(fork, tiny, rewound(curve, 4, tmp_path / "split"), *CURVE, *sharded, "--resume")
+    assert_close(split, curve, 1e-4)
+    again = parallel(fork, tiny, rewound(run, 4, tmp_path / "again"), *CURVE, *sharded, "--resume")
+    assert_same(again, run)
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_two_processes_agree_on_a_fault_and_resume_bit_exactly(tiny, tmp_path, fork, how):
+    """fp16, dropout; one process overflows in step 3: both skip it and halve their scale. Resumed from 4."""
+    arguments = [
+        "--max_steps=8",
+        "--keep=9",
+        "--dropout=0.1",
+        "--dtype=fp16",
+        "--micro_batch_size=2",
+        f"--parallel={how}",
+    ]
+    run = parallel(fork, tiny, tmp_path / "run", *arguments, FAULT=how)
+    assert list(column(run, "loss_scale").values()) == [65536] * 3 + [32768] * 5
+    assert list(column(run, "skipped").values()) == [0] * 2 + [1] * 6
+    again = rewound(run, 4, tmp_path / "again")
+    assert_same(parallel(fork, tiny, again, *arguments, "--resume"), run)
+
+
+def test_evaluation_does_not_change_training(tiny, tmp_path):
+    """Neither when nor on how much."""
+    often = go(tiny, tmp_path / "often", "--dropout=0.1", "--eval_interval=1", "--eval_sequences=3")
+    rarely = go(tiny, tmp_path / "rarely", "--dropout=0.1", "--eval_interval=12", "--save_interval=12")
+    assert column(often, "loss") == column(rarely, "loss") and weights(often) == weights(rarely)
+    assert len(column(often, "val_loss")) == 13 and len(column(rarely, "val_loss")) == 2
+
+
+def test_the_last_evaluation_takes_the_whole_split(tiny, tmp_path):
+    """Its value is the mean over all windows, whatever the micro-batch."""
+    run = go(tiny, tmp_path / "run", "--max_steps=4")
+    model, _ = checkpoint.load_model(run / "step_000004")
+    x, y = train.Dataset(tiny.parent / "corpus", "val", 16).windows(0, 999)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
+    assert column(run, "whole_val_loss") == {4: pytest.approx(expected, abs=1e-5)}
+    state = checkpoint.read_state(run / "step_000004")
+    assert state["bits_per_byte"] == pytest.approx(expected / math.log(2) * 513 / 512, abs=1e-5)
+
+
+def test_it_learns(tiny, tmp_path):
+    """Half of the next tokens follow from the last: the loss falls far below its start, log 128."""
+    run = go(
+        tiny, tmp_path / "run", "--max_steps=120", "--lr=1e-2", "--eval_interval=60", "--save_interval=60"
+    )
+    losses = column(run, "loss")
+    assert losses[1] == pytest.approx(math.log(128), abs=0.3)
+    assert losses[120] < 0.35 * losses[1] and column(run, "val_loss")[120] < 0.35 * losses[1]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_fp16_overflow_skips_the_step_and_halves_the_scale(tiny, tmp_path, monkeypatch):
+    """The step is counted, weights and moments stay bit for bit, and training goes on."""
+    sabotage(monkeypatch, lambda step, loss: loss * math.inf if step == 2 else loss)
+    run = go(tiny, tmp_path / "run", "--dtype=fp16", "--eval_interval=1", "--save_interval=1", "--keep=99")
+    assert weights(run, 3) == weights(run, 2) and weights(run, 4) != weights(run, 3)
+    table = {row["step"]: row for row in rows(run) if "loss_scale" in row}
+    assert [table[step]["loss_scale"] for step in (2, 3, 4, 12)] == [65536, 65536, 32768, 32768]
+    assert [table[step]["skipped"] for step in (2, 3, 4, 12)] == [0, 1, 1, 1]
+    assert table[3]["loss"] is None and checkpoint.newest_whole(run)[1]["skipped"] == 1
+    assert all(math.isfinite(row["loss"]) for step, row in table.items() if step != 3)
+
+
+def nan_gradient(loss):
+    """The same loss, with a gradient that is none."""
+    loss = loss * 1
+    loss.register_hook(lambda g: g * math.nan)
+    return loss
+
+
+@pytest.mark.parametrize("poison", [lambda loss: loss * math.nan, lambda loss: loss * math.inf, nan_gradient])
+def test_nan_never_reaches_the_weights(tiny, tmp_path, monkeypatch, capsys, poison):
+    """One bad step is skipped; after three in a row the run stops, its last checkpoint whole."""
+    sabotage(monkeypatch, lambda step, loss: poison(loss) if step == 1 or step >= 5 else loss)
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        configurator.run(
+            lambda: go(tiny, run, "--max_bad_steps=3", "--eval_interval=1", "--save_interval=1", "--keep=9")
+        )
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error and "step 8" in error and "3 times in a row" in error
+    assert weights(run, 2) == weights(run, 1) != weights(run, 3)
+    newest, state, damaged = checkpoint.newest_whole(run)
+    assert (newest.name, damaged) == ("step_000007", []) and weights(run, 7) == weights(run, 5)
+    model, _ = checkpoint.load_model(newest)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert state["skipped"] == 3 and column(run, "skipped")[2] == 1
+
+
+def test_max_bad_steps_counts_only_those_in_a_row(tiny, tmp_path, monkeypatch):
+    """Every other step fails, and the run comes to its end."""
+    sabotage(monkeypatch, lambda step, loss: loss * math.nan if step % 2 else loss)
+    run = go(tiny, tmp_path / "run", "--max_bad_steps=2")
+    assert column(run, "skipped")[12] == 6
+
+
+def test_a_nan_evaluation_does_not_end_the_search_for_the_best(tiny, tmp_path, monkeypatch):
+    """A validation loss that is not finite is never the best, and the next finite one may be."""
+    losses = iter([5.0, math.nan, 4.0, 4.5, 4.5])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    run = go(tiny, tmp_path / "run")
+    assert (
+        checkpoint.find(run).name == "step_000008" and checkpoint.newest_whole(run)[1]["best_val_loss"] == 4.0
+    )
+
+
+def test_trains_without_git(tiny, tmp_path, monkeypatch):
+    """The commit is a note in state.json, not a need."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = go(tiny, tmp_path / "run", "--max_steps=1")
+    assert checkpoint.newest_whole(run)[1]["versions"]["commit"] is None
+
+
+BAD = {
+    "unknown key max_step: did you mean max_steps": ["--max_step=5"],
+    "no dataset at .*prepare.py": ["--dataset=nowhere"],
+    "batch_size=8 must be a multiple of 1 processes x micro_batch_size=3": ["--micro_batch_size=3"],
+    "save_interval must be a multiple of eval_interval": ["--save_interval=6"],
+    "max_steps=0 must be at least 1": ["--max_steps=0"],
+    "n_embd=32 must be an even multiple of n_head=3": ["--n_head=3"],
+    "no train shard has block_size": ["--block_size=1024"],
+    "dtype=int8: expected one of": ["--dtype=int8"],
+    "no config file nowhere.py": ["nowhere.py"],
+}
+
+
+@pytest.mark.parametrize("match", BAD)
+def test_bad_input_is_one_line(tiny, tmp_path, match):
+    """It names what is wrong, and no folder is made."""
+    with pytest.raises(UserError, match=match) as error:
+        go(tiny, tmp_path / "run", *BAD[match])
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_nor_mixed(tiny, tmp_path, capsys):
+    """Without --resume, with another model, or on other data: one line, and not a byte is changed."""
+    run = go(tiny, tmp_path / "run", "--max_steps=4")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for match, arguments in {
+        "is at step 4 already: add --resume": [],
+        "holds another model: n_embd=64 .was 32., vocab=dense .was factored.": [
+            "--resume",
+            "--n_embd=64",
+            "--vocab=dense",
+        ],
+        "trained on other data": ["--resume", f"--dataset={write_corpus(tmp_path / 'other', seed=1)}"],
+    }.items():
+        with pytest.raises(UserError, match=match) as error:
+            go(tiny, run, *arguments)
+        assert "\n" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    go(
+        tiny, run, "--resume", "--max_steps=5", "--lr=1e-4", "--micro_batch_size=2"
+    )  # these may change; some are said
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming with another")]
+    assert said == ["resuming with another max_steps: 4 -> 5", "resuming with another lr: 0.003 -> 0.0001"]
+
+
+def test_a_pickle_in_the_run_is_never_loaded(tiny, tmp_path):
+    """--resume on a checkpoint whose weights are a pickle of the right size."""
+    run, target = go(tiny, tmp_path / "run", "--max_steps=4"), tmp_path / "pwned"
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(target), "w")
+
+    for step in checkpoint.steps(run):
+        torch.save(Bomb(), step / "model.safetensors")
+        state = json.loads((step / "state.json").read_text())
+        state["sizes"]["model.safetensors"] = (step / "model.safetensors").stat().st_size
+        (step / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="pickles are never loaded"):
+        go(tiny, run, "--resume", "--max_steps=8")
+    assert not target.exists()
+
+
+def test_the_script_exits_with_2_and_one_line(tmp_path):
+    """What a user sees of a UserError."""
+    command = [sys.executable, ROOT / "train.py", "--dataset=nowhere", f"--out_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: no dataset at ")
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("message", ["no compiler\nand a long story", ""])
+def test_compile_falls_back(tiny, tmp_path, capsys, monkeypatch, message):
+    """It says that --compile is off, in one line, and the run is the plain one."""
+    plain = go(tiny, tmp_path / "plain", "--dropout=0.1", "--max_steps=4")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(message)
+
+    def compile(self):
+        self._compiled_call_impl = fail
+
+    for broken in (fail, compile):  # at once, or in the trial step
+        monkeypatch.setattr(Block, "compile", broken)
+        run = go(tiny, tmp_path / broken.__name__, "--dropout=0.1", "--max_steps=4", "--compile")
+        reason = message.partition("\n")[0] or "RuntimeError"
+        assert capsys.readouterr().out.splitlines().count(f"--compile is off: {reason}") == 1
+        assert_same(run, plain)
+
+
+def test_a_compiled_step_that_disagrees_is_not_used(tiny, tmp_path, capsys, monkeypatch):
+    """The trial step computes another loss: off, and the weights are untouched by it."""
+    plain = go(tiny, tmp_path / "plain", "--max_steps=4")
+    monkeypatch.setattr(
+        Block, "compile", lambda self: setattr(self, "_compiled_call_impl", lambda x, *_: x * math.nan)
+    )
+    assert_same(go(tiny, tmp_path / "run", "--max_steps=4", "--compile"), plain)
+    assert "--compile is off: loss" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loggers, optimiser, schedule, dry run
+
+
+@pytest.mark.parametrize("logger, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_loggers(tiny, tmp_path, monkeypatch, logger, module):
+    """They get the rows of metrics.jsonl; a missing package is one line that says what to install."""
+    sent = {}
+    board = SimpleNamespace(
+        add_scalar=lambda key, value, step: sent.setdefault(step, {}).update({key: value})
+    )
+    wandb = {"init": lambda **kwargs: None, "log": lambda row, step: sent.setdefault(step, {}).update(row)}
+    fake = SimpleNamespace(SummaryWriter=lambda *args, **kwargs: board, **wandb)
+    monkeypatch.setitem(sys.modules, module, fake)
+    run = go(tiny, tmp_path / "run", "--max_steps=4", f"--logger={logger}")
+    for row in rows(run):
+        assert row.items() <= sent[row["step"]].items()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"--logger={logger} needs a package: pip install {logger}"):
+        go(tiny, tmp_path / "other", f"--logger={logger}")
+
+
+@pytest.mark.parametrize("vocab", ["factored", "topk", "dense"])
+def test_only_matrices_decay(vocab):
+    """Every parameter is in one group, once; those with a weight decay are the ones with two axes."""
+    c = train.TrainConfig(out_dir="", weight_decay=0.3)
+    model = ReFlow(
+        ModelConfig(
+            block_size=8, n_layer=2, n_head=2, n_embd=8, n_hidden=8, vocab_size=32, vocab=vocab, top_k=2
+        )
+    )
+    groups = train.make_optimizer(model, c, torch.device("cpu")).param_groups
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(map(id, model.parameters()))
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (0.0 if "norm" in name else 0.3), name
+
+
+def test_learning_rate():
+    """A line up to the peak, half a cosine down to min_lr at the last update; a pure function of the step."""
+    c = train.TrainConfig(out_dir="", lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=111)
+    assert [train.learning_rate(step, c) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert [train.learning_rate(step, c) for step in (60, 110, 999)] == pytest.approx([0.55, 0.1, 0.1])
+    rates = [train.learning_rate(step, c) for step in range(10, 111)]
+    assert rates == sorted(rates, reverse=True) and rates == [
+        train.learning_rate(s, c) for s in range(10, 111)
+    ]
+    for warmup in (0, 1, 5):  # no division by zero at the edges
+        c = train.TrainConfig(out_dir="", warmup_steps=warmup, max_steps=1)
+        assert 0 < train.learning_rate(0, c) <= c.lr
+
+
+def test_the_schedule_is_in_the_metrics(tiny, tmp_path):
+    """The learning rate of each update is that of the number of updates before it."""
+    run = go(tiny, tmp_path / "run")
+    c = train.TrainConfig(out_dir="", lr=3e-3, min_lr=3e-4, warmup_steps=3, max_steps=12)
+    assert column(run, "lr") == {step + 1: train.learning_rate(step, c) for step in range(12)}
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_dry_run(config, tmp_path, monkeypatch, capsys):
+    """For every config file: the parameters, and neither a dataset is read nor a file made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Dataset", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config), "--dry_run"])
+    before = sorted(ROOT.glob("*")), sorted(ROOT.glob("data/*/*"))
+    train.main()
+    out = capsys.readouterr().out
+    m, _ = configurator.parse(ModelConfig, train.TrainConfig, argv=[str(config)])
+    with torch.device("meta"):
+        total = sum(p.numel() for p in ReFlow(m).parameters())
+    assert f" {total:,} parameters" in out and "GiB" in out and "4 x T4" in out
+    assert not list(tmp_path.iterdir()) and before == (sorted(ROOT.glob("*")), sorted(ROOT.glob("data/*/*")))
