@@ -411,23 +411,13 @@ class ReFlow(nn.Module):
     # -- generation ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def stream(
-        self,
-        prompts,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        stop=None,
-        generator=None,
-        use_cache=True,
-    ):
+    def stream(self, prompts, max_new_tokens, *, stop=None, use_cache=True, **how):
         """Continue B prompts (lists of token ids, lengths may differ) together; yield a list of B ids a step.
 
-        A row that has produced `stop` yields None from then on; the stream ends when all have. Temperature 0
-        is greedy. A context that outgrows block_size goes on with its last half, which is encoded anew: the
-        window is a function of the length alone, so that cached and uncached, batched and single generation
-        agree.
+        A row that has produced `stop` yields None from then on; the stream ends when all have. `how` goes to
+        `sample_token`. A context that outgrows block_size goes on with its last half, which is encoded anew:
+        the window is a function of the length alone, so that cached and uncached, batched and single
+        generation agree.
         """
         if not all(map(len, prompts)):
             raise ValueError("a prompt needs at least one token")
@@ -442,17 +432,15 @@ class ReFlow(nn.Module):
             else:
                 windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
                 lengths = [len(w) for w in windows]
-                longest = max(lengths)
                 if use_cache:
                     cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
-                idx = torch.tensor(
-                    [w + [0] * (longest - len(w)) for w in windows], device=device
-                )  # (B, longest)
-                h = self.encode(idx, cache, lengths)[
-                    torch.arange(len(rows)), torch.tensor(lengths) - 1
-                ]  # (B, d)
+                padded = [
+                    w + [0] * (max(lengths) - len(w)) for w in windows
+                ]  # on the right: causality hides it
+                h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
+                h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
             logits = self.vocab.logits(h).float()[:, : self.config.n_tokens]  # (B, n_tokens)
-            tokens = sample_token(logits, temperature, top_k, top_p, generator).tolist()
+            tokens = sample_token(logits, **how).tolist()
             for row, token in zip(rows, tokens, strict=True):
                 row.append(token)
             yield [None if finished else token for token, finished in zip(tokens, done, strict=True)]
@@ -462,9 +450,8 @@ class ReFlow(nn.Module):
 
     def kv_dtype(self):
         device = self.norm.weight.device.type
-        return (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm.weight.dtype
-        )
+        on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if on else self.norm.weight.dtype
 
     def generate(self, prompts, max_new_tokens, **how):
         """Like `stream`, all at once: a list of B lists of new ids; `stop` itself is left out."""

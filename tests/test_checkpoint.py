@@ -100,7 +100,7 @@ def crash(patch, at):
 
 
 def test_a_crash_anywhere_in_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """For every disk operation of a save: die there. The newest is then the old or the new one, whole; `latest`
+    """Die at any disk operation of a save. The newest is then the old or the new one, whole; `latest`
     names a whole one; and the next save ends as if nothing had happened."""
     seen, crashed = set(), []
     for at in range(100):

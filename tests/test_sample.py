@@ -61,7 +61,7 @@ def test_the_streamed_sample_is_the_decoded_one(out, monkeypatch, capsys):
 
 
 def test_a_sample_ends_at_the_end_of_text(out, monkeypatch, capsys):
-    monkeypatch.setattr("model.sample_token", lambda logits, *how: torch.full((len(logits),), END_OF_TEXT))
+    monkeypatch.setattr("model.sample_token", lambda logits, **how: torch.full((len(logits),), END_OF_TEXT))
     text, said = run(monkeypatch, capsys, "--prompt=A", "--num_samples=2")
     assert text == "A\n" + "-" * 40 + "\nA\n" and "0 tokens" in said
 

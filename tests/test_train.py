@@ -1,4 +1,4 @@
-"""Training: the same weights if killed often, the same curve on any number of processes, no silent faults
+"""Training: the same weights however often killed, the same curve on any number of processes, no silent fault
 
 Most tests call train.main() here, with sys.argv set. Where a process is the point, it is forked from a server
 that has imported torch already, so that a kill and a resume cost milliseconds instead of seconds.
