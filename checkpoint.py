@@ -47,7 +47,8 @@ def save(run, step, model, optimizer, state, keep, best):
     """
     name = f"step_{step:06d}"
     temporary, final = run / f".{name}.tmp", run / name
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    for stale in run.glob(".step_*.tmp"):  # left by a kill
+        shutil.rmtree(stale)
     temporary.mkdir(parents=True)
     for file, tensors in zip(WEIGHTS, (model, optimizer), strict=True):
         save_file(tensors, temporary / file)
@@ -59,7 +60,7 @@ def save(run, step, model, optimizer, state, keep, best):
     os.rename(temporary, final)
     flush(run)
     for pointer in ("latest", "best") if best else ("latest",):
-        write_atomically(run / pointer, name + "\n")
+        point(run, pointer, name)
 
     kept = {"step_000000", name, pointed(run, "best")}
     for old in [p for p in steps(run) if p.name not in kept][: -(keep - 1) or None]:
@@ -68,7 +69,13 @@ def save(run, step, model, optimizer, state, keep, best):
 
 def steps(run):
     """The checkpoint folders of a run, oldest first."""
-    return sorted(run.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    numbered = [p for p in run.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    return sorted(numbered, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def point(run, pointer, name):
+    """Let `latest` or `best` hold the name of a checkpoint."""
+    write_atomically(run / pointer, name + "\n")
 
 
 def pointed(run, pointer):
@@ -82,6 +89,7 @@ def read_state(step):
     try:
         state = json.loads((step / "state.json").read_text(encoding="utf-8"))
         sizes = {file: state["sizes"][file] for file in WEIGHTS}
+        state["step"], state["config"]["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{step} is no checkpoint: its state.json is missing or damaged") from None
     for file, size in sizes.items():
@@ -140,10 +148,13 @@ def find(run=None, out="out"):
         raise UserError(f"no run {run}: {make_one}")
     if (run / "state.json").exists():
         return run
-    name = pointed(run, "best") or pointed(run, "latest")
-    if name is None or not (run / name).is_dir():
+    for name in (pointed(run, "best"), pointed(run, "latest")):
+        if name and (run / name).is_dir():
+            return run / name
+    newest, _, _ = newest_whole(run)  # a kill may have come before the pointers
+    if newest is None:
         raise UserError(f"{run} holds no checkpoint: {make_one}")
-    return run / name
+    return newest
 
 
 def load_model(step, device="cpu"):

@@ -65,7 +65,7 @@ def main():
     (c,) = configurator.parse(SampleConfig)
     text = read_prompt(c.prompt)
     step = checkpoint.find(c.run)
-    device = torch.device(pick_device(c.device))
+    device = pick_device(c.device)
     model, state = checkpoint.load_model(step, device)
     model.to(pick_dtype(device, c.dtype))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
-from checkpoint import UserError, find, load_model, load_tensors, newest_whole, read_state
+from checkpoint import UserError, find, load_model, load_tensors, newest_whole, point, read_state, steps
 from model import ModelConfig, ReFlow
 
 CONFIG = ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=8, n_hidden=8, vocab_size=32)
@@ -253,7 +253,7 @@ def test_load_tensors_refuses_what_is_no_safetensors_file(run, content):
         ({"n_layer": 2}, "fit"),
         ({"n_head": 3}, "n_head=3"),
         ({"colour": "red"}, "colour"),
-        (None, "config"),
+        (None, "state.json is missing or damaged"),
     ],
 )
 def test_load_model_refuses_what_does_not_fit(run, config, match):
@@ -308,8 +308,19 @@ def test_find_says_what_is_missing(run, tmp_path):
         "model.pt is a file: --run takes a folder": {"run": tmp_path / "model.pt"},
         "a holds no checkpoint": {"run": run},
     }
-    shutil.rmtree(run / "step_000004")  # what `best` names
+    for step in steps(run):
+        shutil.rmtree(step)
     for match, arguments in cases.items():
         with pytest.raises(UserError, match=match) as error:
             find(**arguments)
         assert "\n" not in str(error.value)
+
+
+def test_find_does_without_pointers(run):
+    """A kill may come between a checkpoint and the pointers to it."""
+    newest = steps(run)[-1]
+    for pointer in ("best", "latest"):
+        point(run, pointer, "step_999999")
+    assert find(run) == newest
+    (run / "step_foo").mkdir()  # somebody's own
+    assert find(run) == newest

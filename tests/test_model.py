@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from configurator import UserError
 from hardware import flops_per_token, parameter_table, pick_device, pick_dtype
 from model import IGNORE, N_TOKENS, DenseVocab, ModelConfig, ReFlow, rope_table, sample_token
 
@@ -681,5 +682,12 @@ def test_precision_follows_the_hardware(monkeypatch, device, capability, expecte
 def test_auto_takes_the_best_device(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
-    assert pick_device() == expected
-    assert pick_device("cpu") == "cpu"
+    assert pick_device() == torch.device(expected)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_a_device_that_is_not_here_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1", "gpu"):
+        with pytest.raises(UserError, match=f"no device {name} here"):
+            pick_device(name)

@@ -634,7 +634,7 @@ def test_a_compiled_step_that_disagrees_is_not_used(tiny, tmp_path, capsys, monk
         Block, "compile", lambda self: setattr(self, "_compiled_call_impl", lambda x, *_: x * math.nan)
     )
     assert_same(go(tiny, tmp_path / "run", "--max_steps=4", "--compile"), plain)
-    assert "--compile is off: loss" in capsys.readouterr().out
+    assert "--compile is off: a trial step differs" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------
