@@ -1,0 +1,26 @@
+"""
+reflow_nano with hard sparsity: a recipe keeps its 8 largest positive signals of 64.
+
+    python train.py config/reflow_nano_topk.py
+"""
+
+out_dir = "out/reflow-nano-topk"
+dataset = "sotu"
+n_layer = 4
+n_head = 4
+n_embd = 128
+vocab = "topk"
+n_signal = 64
+top_k = 8
+recipe_init_std = 0.05
+block_size = 256
+batch_size = 2
+micro_batch_size = 2
+max_steps = 700
+warmup_steps = 60
+lr = 3e-3
+min_lr = 1e-4
+eval_interval = 175
+eval_sequences = 32
+save_interval = 350
+log_interval = 5
