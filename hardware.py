@@ -156,7 +156,9 @@ def dry_run(m, c):
     # An assumption, not a measurement: fp16 training reaches a third of the data sheet's peak on a T4.
     work = flops * tokens * c.max_steps * (4 / 3 if c.activation_checkpointing else 1)
     hours = work / (4 * 1e12 * PEAK_TFLOPS["T4"] / 3) / 3600
-    print(f"  time on 4 x T4: about {hours:.3g} h, if a third of {PEAK_TFLOPS['T4']} TFLOP/s each is reached")
+    print(
+        f"  time on 4 x T4: about {hours:,.1f} h, if a third of {PEAK_TFLOPS['T4']} TFLOP/s each is reached"
+    )
     for cards in (1, 2, 4, 8):
         share = c.batch_size / (cards * c.micro_batch_size)
         fits = f"{share:g} micro-batches" if share.is_integer() else "does not divide"
