@@ -322,9 +322,8 @@ class Attention(nn.Module):
                 cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
             if group > 1:  # enable_gqa would leave the fused kernels on a T4
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True
-            )  # a mask would cost (T, T) memory on a T4
+            # is_causal, not a mask: that would cost (T, T) memory on a T4
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
         return self.o(y)
 
@@ -434,9 +433,8 @@ class ReFlow(nn.Module):
                 lengths = [len(w) for w in windows]
                 if use_cache:
                     cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
-                padded = [
-                    w + [0] * (max(lengths) - len(w)) for w in windows
-                ]  # on the right: causality hides it
+                # Padded on the right, where causality hides it.
+                padded = [w + [0] * (max(lengths) - len(w)) for w in windows]
                 h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
                 h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
             logits = self.vocab.logits(h).float()[:, : self.config.n_tokens]  # (B, n_tokens)

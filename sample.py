@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ class SampleConfig:
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
     seed: int = 0  # of the samples
     device: str = "auto"  # auto: cuda, then mps, then cpu
-    dtype: str = "auto"  # auto: bf16 where hardware has it, fp16 on older GPUs, else fp32
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
 
     def __post_init__(self):
         if min(self.num_samples, self.max_new_tokens) < 1 or self.temperature < 0:
@@ -47,8 +48,6 @@ class SampleConfig:
             1 if self.top_p is None else self.top_p
         ) <= 1:
             raise ValueError("top_k must be at least 1, top_p above 0 and at most 1")
-        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"dtype={self.dtype} must be auto, fp32, bf16 or fp16")
 
 
 def read_prompt(prompt):

@@ -349,13 +349,17 @@ def main():
     def save(is_best):
         weights, moments = gather_state(raw, optimizer)  # on every process
         if first:
-            state = {"val_loss": val_loss, "best_val_loss": best, "whole_val_loss": whole_val_loss}
-            state |= {"bits_per_byte": bits_per_byte * (whole_val_loss or val_loss)}
-            state |= {
+            state = {
+                "val_loss": val_loss,
+                "best_val_loss": best,
+                "whole_val_loss": whole_val_loss,
+                "bits_per_byte": bits_per_byte * (whole_val_loss or val_loss),
                 "config": {"model": asdict(m), "train": asdict(c)},
                 "data_sha256": train_set.data_sha256,
+                "scaler": scaler.state_dict(),
+                "skipped": skipped,
+                "versions": versions(),
             }
-            state |= {"scaler": scaler.state_dict(), "skipped": skipped, "versions": versions()}
             checkpoint.save(run, step, weights, moments, state, c.keep, is_best)
         if world > 1:
             dist.barrier()
