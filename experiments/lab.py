@@ -1,0 +1,686 @@
+"""
+What the twelve experiments share: models and controls, dictionaries, words and text, statistics, output.
+
+A *dictionary* is one way to write the token embedding as a product, codes (V x S) @ atoms (S x d) = E. The
+learned one is called native. Any invertible R gives another, (codes R)(R^-1 atoms), of the *same function*:
+what a rotated dictionary shows as well is no fact about the learned signals. Hence two kinds of claim:
+
+    effect    the measured value beats chance: the 95 % bootstrap interval of the paired difference to every
+              chance control (untrained model, shuffled recipes, random direction, ...) lies above zero.
+    signals   the native dictionary is special: it beats all of at least 19 random rotations of itself (under
+              the null hypothesis that the learned basis is one of them, that has a probability of 5 %), and
+              the interval of its paired difference to every rival (PCA, ICA, the plain GPT, ...) is above 0.
+
+"supported" says that; "not supported" that the data do not; "inconclusive" that there are fewer than 20
+independent units (words, questions, prompts) or no control to compare with. No other threshold exists.
+"""
+
+import copy
+import csv
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import textwrap
+import time
+import warnings
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import configurator
+from configurator import UserError
+from data.shards import Dataset
+from data.tokenizer import END_OF_TEXT, encoding
+from hardware import keep_freed_memory, pick_device
+from model import ModelConfig, ReFlow, Vocab, rope_table
+
+ROTATIONS = 19  # the fewest that can give p = 0.05
+LEAST = 20  # independent units below which a claim is inconclusive
+PROBES = Path(__file__).parent / "probes"
+
+
+@dataclass
+class LabConfig:
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
+    seed: int = 0  # of every random choice: rotations, bootstrap, prompts
+    device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
+
+
+# ----------------------------------------------------------------------------------------------------
+# Dictionaries
+
+
+@dataclass
+class Dictionary:
+    """codes (V, S) @ atoms (S, d) = E; atoms have length 1, so a code is a length in the residual stream."""
+
+    name: str
+    codes: torch.Tensor
+    atoms: torch.Tensor
+
+    def __post_init__(self):
+        length = self.atoms.norm(dim=1)  # (S,)
+        self.codes, self.atoms = self.codes * length, self.atoms / length.clamp(min=1e-30)[:, None]
+
+    def top(self, k):
+        """The codes with all but each row's k largest (by size) set to zero, (V, S)."""
+        index = self.codes.abs().topk(k, dim=1, sorted=False).indices
+        return torch.zeros_like(self.codes).scatter(1, index, self.codes.gather(1, index))
+
+
+def native(net):
+    """The learned dictionary of a ReFlow; of a dense one, the coordinates of E."""
+    codes = net.vocab.recipes().detach()[: net.config.n_tokens]
+    basis = getattr(net.vocab, "basis", None)
+    atoms = torch.eye(net.config.n_embd, device=codes.device) if basis is None else basis.detach()
+    return Dictionary("native", codes, atoms)
+
+
+def rotated(dictionary, generator):
+    """The dictionary after a uniformly random rotation of its signals: the gauge control."""
+    n = len(dictionary.atoms)
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    q = (q * r.diagonal().sign()).to(dictionary.codes)  # Haar measure (Mezzadri, 2007)
+    return Dictionary("rotated", dictionary.codes @ q, q.T @ dictionary.atoms)
+
+
+def skewed(dictionary, generator, condition=10.0):
+    """The dictionary after a random *non-orthogonal* change of signals, which changes cosines, not E."""
+    n = len(dictionary.atoms)
+    stretch = torch.logspace(-0.5, 0.5, n, base=condition, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q for _ in "uv")
+    to, back = (u * stretch) @ v, (v.T / stretch) @ u.T
+    return Dictionary(
+        "skewed", dictionary.codes @ to.to(dictionary.codes), back.to(dictionary.codes) @ dictionary.atoms
+    )
+
+
+def pca(E, fit):
+    """Principal axes of E's rows `fit` (token ids), as a dictionary of rank(E) atoms."""
+    row_space, z = in_row_space(E)
+    _, _, axes = torch.linalg.svd(z[fit] - z[fit].mean(0), full_matrices=False)  # (r, r)
+    if len(axes) < z.size(1):  # fewer tokens than dimensions: any completion will do
+        axes = torch.linalg.qr(torch.cat([axes, torch.eye(z.size(1)).to(z)]).T).Q.T
+    return Dictionary("pca", z @ axes.T, axes @ row_space)
+
+
+def ica(E, fit, seed=0):
+    """Independent components of E's rows `fit` (FastICA, Hyvarinen 1999): the rotation found after the fact.
+
+    Independent axes of embeddings are known to be interpretable (Yamagiwa et al., 2305.13175), so this is the
+    rival that a learned basis has to beat.
+    """
+    from sklearn.decomposition import FastICA
+
+    row_space, z = in_row_space(E)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged after 200 iterations: still a fair rotation
+        fast = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
+        fast.fit(z[fit[: max(4000, 8 * z.size(1))]].double().cpu().numpy())
+    unmix = torch.as_tensor(fast.components_)  # (r, r)
+    return Dictionary("ica", z @ unmix.T.to(z), torch.linalg.inv(unmix.T).to(z) @ row_space)
+
+
+def in_row_space(E):
+    """(orthonormal basis (r, d) of E's row space, coordinates (V, r)); r is the numerical rank."""
+    values, vectors = torch.linalg.eigh(E.double().T @ E.double())
+    keep = values > values[-1] * 1e-9
+    basis = vectors[:, keep].T.to(E)
+    return basis, E @ basis.T
+
+
+# ----------------------------------------------------------------------------------------------------
+# Models
+
+
+class FixedVocab(Vocab):
+    """E given as tensors, for intervention: `reads` (V, d) at the input, `writes` (V, d) at the output."""
+
+    def __init__(self, reads, writes=None):
+        super().__init__()
+        self.reads, self.writes = reads, reads if writes is None else writes
+
+    def embed(self, idx):
+        return F.embedding(idx, self.reads)
+
+    def signals(self, h):
+        return h
+
+    def recipes(self):
+        return self.writes
+
+    matrix = recipes
+
+
+def with_matrix(net, reads, writes=None):
+    """A ReFlow that shares all of `net` but its vocabulary: another E (n_tokens, d), or one for each side."""
+    other = copy.copy(net)  # shallow: blocks and norm are the same objects
+    other._modules = net._modules | {"vocab": FixedVocab(reads, writes)}
+    return other
+
+
+@dataclass
+class Subject:
+    """A model under study. E (n_tokens, d) has no padding rows."""
+
+    name: str
+    net: ReFlow
+    val_loss: float | None
+    dictionary: Dictionary = None
+
+    def __post_init__(self):
+        self.dictionary = self.dictionary or native(self.net)
+
+    @functools.cached_property
+    def E(self):
+        return self.dictionary.codes @ self.dictionary.atoms
+
+
+class Lab:
+    """A run, its controls and its text. Everything beyond the run itself is made on first use."""
+
+    def __init__(self, config):
+        self.config, self.seed = config, config.seed
+        self.device = pick_device(config.device)
+        keep_freed_memory()
+        self.step = checkpoint.find(config.run)
+        self.folder = self.step.parent
+        net, self.state = checkpoint.load_model(self.step, self.device)
+        self.reflow = Subject(
+            "reflow", net.float(), self.state.get("whole_val_loss") or self.state.get("val_loss")
+        )
+
+    @functools.cached_property
+    def baseline(self):
+        """A plain GPT of the same shape and data, or None (said once, with how to make one)."""
+        if self.config.baseline is not None:
+            step = checkpoint.find(self.config.baseline)
+        else:
+            step = self._find_baseline()
+        if step is None:
+            print(
+                "no baseline beside this run: train one, for example: python train.py config/gpt2_new_nano.py"
+            )
+            return None
+        net, state = checkpoint.load_model(step, self.device)
+        return Subject("baseline", net.float(), state.get("whole_val_loss") or state.get("val_loss"))
+
+    def _find_baseline(self):
+        """The newest dense run in the same folder with the same backbone, data and length."""
+        model, train = self.state["config"]["model"], self.state["config"].get("train", {})
+
+        def key(m, t, data):
+            return [m[k] for k in ("n_layer", "n_embd", "n_head", "block_size")], t.get("max_steps"), data
+
+        wanted = key(model, train, self.state.get("data_sha256"))
+        for pointer in sorted(self.folder.parent.glob("*/latest"), key=os.path.getmtime, reverse=True):
+            try:
+                step = checkpoint.find(pointer.parent)
+                state = checkpoint.read_state(step)
+            except UserError:
+                continue
+            m, t = state["config"]["model"], state["config"].get("train", {})
+            if m["vocab"] == "dense" and step != self.step and key(m, t, state.get("data_sha256")) == wanted:
+                return step
+        return None
+
+    @functools.cached_property
+    def step0(self):
+        """The untrained model: the run's own step 0, or a fresh start of the same configuration."""
+        if (self.folder / "step_000000").is_dir() and self.step.name != "step_000000":
+            net, state = checkpoint.load_model(self.folder / "step_000000", self.device)
+            return Subject("step 0", net.float(), state.get("val_loss"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            net = ReFlow(ModelConfig(**self.state["config"]["model"]))
+        return Subject("step 0", net.to(self.device).eval(), None)
+
+    @functools.cached_property
+    def shuffled(self):
+        """The trained model with its recipes exchanged among tokens of like frequency (twenty bins)."""
+        order = np.argsort(-self.counts, kind="stable")
+        permutation = np.arange(len(order))
+        rng = self.rng("shuffled")
+        known = int((self.counts > 0).sum())
+        for part in np.array_split(order[:known], 20) + [order[known:]]:
+            permutation[part] = rng.permutation(part)
+        d = self.reflow.dictionary
+        shuffled = Dictionary("shuffled", d.codes[torch.from_numpy(permutation).to(self.device)], d.atoms)
+        net = with_matrix(self.reflow.net, shuffled.codes @ shuffled.atoms)
+        return Subject("shuffled", net, None, shuffled)
+
+    @property
+    def subjects(self):
+        """reFlow, its baseline if there is one, and the untrained model."""
+        return [s for s in (self.reflow, self.baseline, self.step0) if s is not None]
+
+    # -- dictionaries of a subject ------------------------------------------------------------------
+
+    def rotations(self, subject, n=ROTATIONS):
+        """n random rotations of the subject's dictionary, the same for every experiment, one at a time."""
+        for i in range(n):
+            generator = torch.Generator().manual_seed(self.seed * 1000 + i)
+            yield rotated(subject.dictionary, generator)
+
+    def rivals(self, subject):
+        """{"pca": Dictionary, "ica": Dictionary} of the subject's E, fitted to tokens seen in training."""
+        if not hasattr(subject, "_rivals"):
+            fit = torch.from_numpy(self.known_tokens()).to(self.device)
+            subject._rivals = {"pca": pca(subject.E, fit), "ica": ica(subject.E, fit, self.seed)}
+        return subject._rivals
+
+    # -- words and text -----------------------------------------------------------------------------
+
+    def rng(self, *key):
+        """A numpy generator that depends on the seed and on `key` (strings) alone."""
+        return np.random.default_rng([self.seed, zlib.crc32("/".join(key).encode())])
+
+    @functools.cached_property
+    def data(self):
+        """Folder of the text: the run's own dataset, else the embedded corpus."""
+        root = Path(__file__).resolve().parents[1] / "data"
+        name = self.state["config"].get("train", {}).get("dataset", "sotu")
+        for folder in (root / name, Path(name)):
+            if (folder / "meta.json").exists():
+                return folder
+        if not (root / "sotu" / "meta.json").exists():
+            raise UserError("no text to work with: run python data/sotu/prepare.py")
+        print(f"the run's dataset {name} is not here: token counts and held-out text come from data/sotu")
+        return root / "sotu"
+
+    @functools.cached_property
+    def counts(self):
+        """How often each token was in the text of training (its first 50,000 windows), (n_tokens,)."""
+        train = self.state["config"].get("train", {})
+        dataset = Dataset(self.data, "train", self.state["config"]["model"]["block_size"])
+        seen = self.state["step"] * train.get("batch_size", 1) or dataset.n_windows
+        seen = min(seen, dataset.n_windows, 50_000)
+        counts = np.zeros(self.reflow.net.config.n_tokens, np.int64)
+        part = 1000
+        for i in range(0, seen, part):
+            _, y = dataset.batch(i // part, part, train.get("seed", 0))
+            counts += np.bincount(y[: seen - i].flatten().numpy(), minlength=len(counts))[: len(counts)]
+        return counts
+
+    def known_tokens(self, least=5):
+        """Ids of the tokens seen at least `least` times in training, most frequent first, (n,)."""
+        order = np.argsort(-self.counts, kind="stable")
+        return order[self.counts[order] >= least]
+
+    def known(self, word, least=5):
+        """The id of " word" if it is one token, seen at least `least` times in training; else None."""
+        tokens = encoding().encode_ordinary(" " + word)
+        return tokens[0] if len(tokens) == 1 and self.counts[tokens[0]] >= least else None
+
+    def probe(self, name):
+        """The contents of probes/<name>.json."""
+        return json.loads((PROBES / f"{name}.json").read_text(encoding="utf-8"))
+
+    def categories(self, least=5):
+        """{category: [ids]} of the labelled words that the model has seen, categories of at least four."""
+        found = {
+            name: [self.known(w, least) for w in c["words"]] for name, c in self.probe("categories").items()
+        }
+        found = {name: [i for i in ids if i is not None] for name, ids in found.items()}
+        return {name: ids for name, ids in found.items() if len(ids) >= 4}
+
+    def heldout(self, n, length):
+        """At most n windows of validation text, spread evenly, no document's end inside: x, y (n, length)."""
+        dataset = Dataset(self.data, "val", length)
+        x, y = dataset.windows(0, dataset.n_windows)
+        whole = ~((x == END_OF_TEXT).any(1) | (y == END_OF_TEXT).any(1))
+        chosen = whole.nonzero().flatten()
+        chosen = chosen[torch.linspace(0, len(chosen) - 1, min(n, len(chosen))).long()]
+        return x[chosen].to(self.device), y[chosen].to(self.device)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running a model
+
+
+def show(token):
+    """A token as text for a table or a figure."""
+    text = encoding().decode([int(token)])
+    return repr(text)[1:-1] if text.strip() else repr(text)
+
+
+@torch.no_grad()
+def run_blocks(net, x, start=0):
+    """Streams [x, after block `start`, ..., after the last], each (B, T, d), for x entering block `start`."""
+    c = net.config
+    cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, x.device)
+    streams = [x]
+    for block in net.blocks[start:]:
+        streams.append(block(streams[-1], cos[: x.size(1)], sin[: x.size(1)]))
+    return streams
+
+
+@torch.no_grad()
+def logits(net, h):
+    """h (..., d), normalised -> logits (..., n_tokens) fp32, without the padding rows."""
+    return F.linear(net.vocab.signals(h), net.vocab.recipes()[: net.config.n_tokens])
+
+
+@torch.no_grad()
+def read_out(net, x):
+    """Residual stream x (..., d) -> logits (..., n_tokens) fp32 through the final norm: the logit lens."""
+    return logits(net, net.norm(x))
+
+
+@torch.no_grad()
+def last_hidden(net, prompts, batch=64):
+    """Normalised final stream at the last token of each prompt (lists of ids, lengths may differ), (n, d)."""
+    out = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        lengths = torch.tensor([len(p) for p in part])
+        # Padded on the right, where causality hides it.
+        idx = torch.tensor(
+            [list(p) + [0] * (int(lengths.max()) - len(p)) for p in part], device=net.norm.weight.device
+        )
+        out.append(net.encode(idx)[torch.arange(len(part)), lengths - 1])
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def token_losses(net, x, y, batch=512):
+    """Cross-entropy of every token, nats: x, y (n, T) -> (n, T)."""
+    h = torch.cat([net.encode(part) for part in x.split(8)]).flatten(0, 1)  # (n * T, d)
+    parts = zip(h.split(batch), y.flatten().split(batch), strict=True)
+    return torch.cat([F.cross_entropy(logits(net, a), b, reduction="none") for a, b in parts]).view_as(y)
+
+
+@contextmanager
+def edited(net, edits):
+    """While open, the stream x (B, T, d) entering block l is edits[l](x); l = n_layer: the final norm."""
+    places = [*net.blocks, net.norm]
+    handles = [
+        places[layer].register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]), *args[1:]))
+        for layer, edit in edits.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def steering(net, direction, strength, layers, positions=slice(None)):
+    """Add `strength` residual norms of `direction` (d,) to the stream entering each of `layers`: an `edited`.
+
+    A norm is that of the very vector steered, so one strength means the same at every layer and token.
+    `strength` is a float, or (B, 1, 1) to give each row its own.
+    """
+    unit = direction / direction.norm()
+
+    def edit(x):
+        x = x.clone()
+        part = x[:, positions]
+        x[:, positions] = part + strength * part.norm(dim=-1, keepdim=True) * unit
+        return x
+
+    return edited(net, dict.fromkeys(layers, edit))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Statistics. Everything a claim is about is a mean over units (words, questions, prompts, tokens)
+
+
+@dataclass
+class Estimate:
+    value: float
+    low: float  # 95 % percentile bootstrap
+    high: float
+
+    def __str__(self):
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def estimate(values, groups=None, resamples=2000, seed=0):
+    """Mean of values (n,) and its bootstrap interval; `groups` (n,) are resampled whole if given."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return Estimate(np.nan, np.nan, np.nan)
+    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    rng, n = np.random.default_rng(seed), len(sums)
+    means = []
+    for _ in range(0, resamples, 100):  # in parts: (100, n) counts at a time
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=100)
+        means.append((weights @ sums) / (weights @ sizes))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def benjamini_hochberg(p, rate=0.05):
+    """Which p-values (n,) are discoveries at a false discovery rate (Benjamini & Hochberg, 1995), (n,)."""
+    p = np.asarray(p)
+    order = np.argsort(p)
+    passed = np.nonzero(p[order] <= rate * np.arange(1, len(p) + 1) / len(p))[0]
+    found = np.zeros(len(p), bool)
+    found[order[: passed[-1] + 1 if len(passed) else 0]] = True
+    return found
+
+
+def gini(rows):
+    """Gini coefficient of |rows| (n, S), 0 for even to 1 for sparse, (n,): Hurley & Rickard, 0811.4706."""
+    x = np.sort(np.abs(rows), axis=1)
+    n = x.shape[1]
+    return 2 * (x * np.arange(1, n + 1)).sum(1) / (n * x.sum(1)) - (n + 1) / n
+
+
+def kurtosis(rows):
+    """Excess kurtosis of rows (n, S), 0 for a Gaussian, (n,)."""
+    x = rows - rows.mean(1, keepdims=True)
+    return (x**4).mean(1) / (x**2).mean(1) ** 2 - 3
+
+
+@dataclass
+class Claim:
+    claim: str  # a sentence that can be false
+    kind: str  # effect or signals
+    verdict: str  # supported, not supported or inconclusive
+    reason: str  # what decided it
+    unit: str
+    n: int  # independent units
+    measured: Estimate
+    controls: dict = field(default_factory=dict)  # name -> Estimate
+    published: str = ""  # the reference system's value, for orientation
+
+
+def effect(claim, measured, chance, unit, groups=None, lower=False, published=""):
+    """Does `measured` (n,), one value a unit, beat each of chance {name: (n,)}, the same units? A Claim.
+
+    `lower`: smaller is better. `groups` (n,): units that are not independent of one another.
+    """
+    n = len(measured) if groups is None else len(np.unique(groups))
+    controls = {name: estimate(v, groups) for name, v in chance.items()}
+    worst = None
+    for name, values in chance.items():
+        gain = estimate((np.asarray(values) - measured) if lower else (np.asarray(measured) - values), groups)
+        if worst is None or gain.low < worst[1].low:
+            worst = name, gain
+    if n < LEAST or worst is None:
+        verdict, reason = "inconclusive", f"only {n} {unit}" if worst else "no control"
+    else:
+        verdict = "supported" if worst[1].low > 0 else "not supported"
+        reason = f"gain over {worst[0]}: {worst[1]}"
+    return Claim(claim, "effect", verdict, reason, unit, n, estimate(measured, groups), controls, published)
+
+
+def signals(claim, measured, rotations, rivals, unit, groups=None, lower=False, published=""):
+    """Is the native dictionary special? measured (n,), rotations (K, n), rivals {name: (n,)}. A Claim."""
+    sign = -1 if lower else 1
+    rotations = np.asarray(rotations, float)
+    means, k = rotations.mean(1), len(rotations)
+    p = (1 + (sign * means >= sign * np.mean(measured)).sum()) / (k + 1)
+    against = effect(claim, measured, rivals, unit, groups, lower)
+    if against.n < LEAST or k < ROTATIONS:
+        verdict, reason = "inconclusive", f"only {against.n} {unit}, {k} rotations"
+    elif p > 0.05:
+        verdict, reason = "not supported", f"random rotations do as well (p = {p:.2f}, {k} rotations)"
+    elif rivals and against.verdict != "supported":
+        verdict, reason = "not supported", f"beats {k} rotations (p = {p:.2f}), but only {against.reason}"
+    else:
+        verdict, reason = (
+            "supported",
+            f"beats {k} rotations (p = {p:.2f})" + (f", {against.reason}" if rivals else ""),
+        )
+    spread = Estimate(
+        float(means.mean()), float(means.min()), float(means.max())
+    )  # of the rotations, not of units
+    controls = {f"{k} rotations (range)": spread, **against.controls}
+    return Claim(claim, "signals", verdict, reason, unit, against.n, against.measured, controls, published)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Output
+
+COLUMNS = ("model", "dictionary", "control", "layer", "pos", "signal", "prompt", "metric", "value")
+
+# Okabe and Ito's colours, told apart by colour-blind readers; one meaning each in all figures.
+COLOURS = {
+    "native": "#0072B2",
+    "reflow": "#0072B2",
+    "rotated": "#999999",
+    "pca": "#E69F00",
+    "ica": "#D55E00",
+    "baseline": "#009E73",
+    "step 0": "#CC79A7",
+    "shuffled": "#56B4E9",
+    "random": "#999999",
+    "other": "#F0E442",
+}
+
+
+def pyplot():
+    """matplotlib.pyplot, without a display, in the style of all figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+        | {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 150, "axes.titlesize": 9}
+    )
+    return plt
+
+
+class Report:
+    """What an experiment found; `save` prints it and writes <run>/experiments/<name>/, whole or not."""
+
+    def __init__(self, lab, name):
+        self.lab, self.name, self.start = lab, name, time.perf_counter()
+        self.claims, self.rows, self.numbers, self.notes, self.figures = [], [], {}, [], []
+        self.gallery = ""  # preformatted text for the reader: examples, chosen and not chosen
+        self.folder = lab.folder / "experiments" / name
+        self._new = self.folder.with_name(f".{name}.tmp")
+        shutil.rmtree(self._new, ignore_errors=True)
+        self._new.mkdir(parents=True)
+
+    def claim(self, claim):
+        self.claims.append(claim)
+
+    def row(self, metric, value, **where):
+        """One line of rows.csv; `where` are the other COLUMNS."""
+        assert where.keys() <= set(COLUMNS), f"unknown columns: {where.keys() - set(COLUMNS)}"
+        self.rows.append({"metric": metric, "value": value} | where)
+
+    def figure(self, fig, name, title):
+        """Save a figure; its title states the finding with its numbers."""
+        width = int(fig.get_figwidth() * 13)
+        fig.suptitle("\n".join(textwrap.wrap(title, width)), x=0.01, ha="left", fontsize=10)
+        fig.set_layout_engine("constrained")
+        fig.savefig(self._new / f"{name}.png")
+        pyplot().close(fig)
+        self.figures.append({"file": f"{name}.png", "title": title})
+
+    def save(self):
+        lab = self.lab
+        losses = {"reflow": lab.reflow.val_loss}
+        if lab.__dict__.get("baseline"):
+            losses["baseline"] = lab.baseline.val_loss
+        result = {
+            "experiment": self.name,
+            "run": run_identity(lab),
+            "val_loss": losses,
+            "seed": lab.seed,
+            "seconds": round(time.perf_counter() - self.start, 2),
+            "claims": [asdict(c) for c in self.claims],
+            "numbers": self.numbers,
+            "notes": self.notes,
+            "gallery": self.gallery,
+            "figures": self.figures,
+        }
+        with open(self._new / "rows.csv", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        (self._new / "result.json").write_text(json.dumps(result, indent=1, default=float), encoding="utf-8")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.rename(self._new, self.folder)
+        print(table(result))
+        print(f"\n{self.folder}/  ({result['seconds']:.1f} s)")
+
+
+def run_identity(lab):
+    """What a result belongs to: run, step, configuration and data."""
+    config = json.dumps(lab.state["config"], sort_keys=True).encode()
+    return {
+        "name": lab.folder.name,
+        "step": lab.state["step"],
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "data_sha256": lab.state.get("data_sha256"),
+    }
+
+
+def table(result):
+    """A result as text."""
+    losses = ", ".join(f"{k} {v:.3f}" for k, v in result["val_loss"].items() if v is not None)
+    run = result["run"]
+    lines = [
+        f"{result['experiment']}: {run['name']}, step {run['step']}"
+        + (f" (validation loss: {losses})" if losses else "")
+    ]
+    for c in result["claims"]:
+        wrapped = textwrap.wrap(f"{c['kind']}: {c['claim']}", 104)
+        lines += ["", *wrapped]
+        rows = [("measured", c["measured"]), *c["controls"].items()]
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:{width}}  {Estimate(**value)}" for name, value in rows]
+        if c["published"]:
+            lines.append(f"  {'published':{width}}  {c['published']}")
+        lines.append(f"  -> {c['verdict']}: {c['reason']} (n = {c['n']} {c['unit']})")
+    if result["gallery"]:
+        lines += ["", result["gallery"].rstrip()]
+    lines += ["", *result["notes"]] if result["notes"] else []
+    return "\n".join(lines)
+
+
+def main(run, *configs):
+    """A script's last line: parse the command line, run on the run asked for, save and print the report."""
+
+    def go():
+        config, *own = configurator.parse(LabConfig, *configs)
+        run(Lab(config), *own).save()
+
+    configurator.run(go)
