@@ -128,8 +128,8 @@ def ica(E, fit, seed=0):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 200 iterations: still a fair rotation
         fast = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
-        fast.fit(z[fit[: max(4000, 8 * z.size(1))]].double().cpu().numpy())
-    unmix = torch.as_tensor(fast.components_)  # (r, r)
+        fast.fit(z[fit[: max(4000, 8 * z.size(1))]].float().cpu().numpy())
+    unmix = torch.as_tensor(fast.components_, dtype=torch.float64)  # (r, r)
     return Dictionary("ica", z @ unmix.T.to(z), torch.linalg.inv(unmix.T).to(z) @ row_space)
 
 
