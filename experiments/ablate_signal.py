@@ -280,7 +280,7 @@ def words(scores, laboratory, k=6):
 
 
 def example(report, laboratory, c):
-    """The command line's prompt: a table for the gallery and a waterfall that sums to the logit difference."""
+    """The command line's prompt: a table for the gallery, a waterfall that sums to the logit difference."""
     subject, tokenizer = laboratory.reflow, encoding()
     ids = tokenizer.encode_ordinary(c.prompt)[-subject.net.config.block_size :]
     if not ids:
@@ -302,7 +302,7 @@ def example(report, laboratory, c):
     names, p_f = [lab.show(i[0]) for i in (target, foil)], p[0, foil[0]].item()
     lines = [
         f'"{c.prompt}" -> "{names[0]}" {p_t:.2%}, "{names[1]}" {p_f:.2%}; one signal removed:',
-        f"{'signal':>7} {'logit diff':>10} {'p after':>8} {'KL':>7} {'input side':>10}  promotes | suppresses",
+        f"{'signal':>7} {'logit diff':>10} {'p after':>8} {'KL':>7} {'input':>10}  promotes | suppresses",
     ]
     for i, s in enumerate(top.tolist()):
         column = d.codes[:, s] * A[0, s].sign()
@@ -364,7 +364,7 @@ def figures(report, changes, drops, spins):
             m.value, i, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", color=lab.COLOURS[n], capsize=3
         )
     right.set_yticks(range(-1, len(names)), ["rotations", *names])
-    right.set_xlabel("drop of log p of the top token, strongest signal of each prompt, nats")
+    right.set_xlabel("drop of log p, nats, by each prompt's strongest signal")
     title = (
         f"Removing a prompt's strongest signal lowers log p by {means['native'].value:.2f}; "
         f"the strongest of a random rotation by {np.mean(turned):.2f} (up to {np.max(turned):.2f})"

@@ -179,6 +179,7 @@ class Subject:
     net: ReFlow
     val_loss: float | None
     dictionary: Dictionary = None
+    step: Path | None = None  # its checkpoint folder
 
     def __post_init__(self):
         self.dictionary = self.dictionary or native(self.net)
@@ -215,24 +216,25 @@ class Lab:
             )
             return None
         net, state = checkpoint.load_model(step, self.device)
-        return Subject("baseline", net.float(), state.get("whole_val_loss") or state.get("val_loss"))
+        loss = state.get("whole_val_loss") or state.get("val_loss")
+        return Subject("baseline", net.float(), loss, step=step)
 
     def _find_baseline(self):
-        """The newest dense run in the same folder with the same backbone, data and length."""
-        model, train = self.state["config"]["model"], self.state["config"].get("train", {})
+        """The newest dense run in the same folder with the same backbone, data and number of steps."""
 
-        def key(m, t, data):
-            return [m[k] for k in ("n_layer", "n_embd", "n_head", "block_size")], t.get("max_steps"), data
+        def key(state):
+            m = state["config"]["model"]
+            shape = [m[k] for k in ("n_layer", "n_embd", "n_head", "block_size")]
+            return shape, state["step"], state.get("data_sha256")
 
-        wanted = key(model, train, self.state.get("data_sha256"))
         for pointer in sorted(self.folder.parent.glob("*/latest"), key=os.path.getmtime, reverse=True):
             try:
                 step = checkpoint.find(pointer.parent)
                 state = checkpoint.read_state(step)
             except UserError:
                 continue
-            m, t = state["config"]["model"], state["config"].get("train", {})
-            if m["vocab"] == "dense" and step != self.step and key(m, t, state.get("data_sha256")) == wanted:
+            dense = state["config"]["model"]["vocab"] == "dense"
+            if dense and step != self.step and key(state) == key(self.state):
                 return step
         return None
 
@@ -621,7 +623,8 @@ class Report:
             losses["baseline"] = lab.baseline.val_loss
         result = {
             "experiment": self.name,
-            "run": run_identity(lab),
+            "run": run_identity(lab.step, lab.state),
+            "made_from": made_from(lab),
             "val_loss": losses,
             "seed": lab.seed,
             "seconds": round(time.perf_counter() - self.start, 2),
@@ -642,15 +645,22 @@ class Report:
         print(f"\n{self.folder}/  ({result['seconds']:.1f} s)")
 
 
-def run_identity(lab):
+def run_identity(step, state):
     """What a result belongs to: run, step, configuration and data."""
-    config = json.dumps(lab.state["config"], sort_keys=True).encode()
+    config = json.dumps(state["config"], sort_keys=True).encode()
     return {
-        "name": lab.folder.name,
-        "step": lab.state["step"],
+        "name": step.parent.name,
+        "step": state["step"],
         "config_sha256": hashlib.sha256(config).hexdigest(),
-        "data_sha256": lab.state.get("data_sha256"),
+        "data_sha256": state.get("data_sha256"),
     }
+
+
+def made_from(lab):
+    """Everything outside the code that a result depends on; equal means that it need not be made again."""
+    steps = [lab.step] + ([lab.baseline.step] if lab.baseline else [])
+    weights = [(step / "model.safetensors").stat() for step in steps]
+    return [[str(s), w.st_size, w.st_mtime] for s, w in zip(steps, weights, strict=True)] + [lab.seed]
 
 
 def table(result):
@@ -672,7 +682,8 @@ def table(result):
         lines.append(f"  -> {c['verdict']}: {c['reason']} (n = {c['n']} {c['unit']})")
     if result["gallery"]:
         lines += ["", result["gallery"].rstrip()]
-    lines += ["", *result["notes"]] if result["notes"] else []
+    for note in result["notes"]:
+        lines += ["", *textwrap.wrap(note, 104)]
     return "\n".join(lines)
 
 
