@@ -69,14 +69,13 @@ def summary(results):
             )
             link = f'<a href="#{result["experiment"]}">{result["experiment"]}</a>'
             cells = [
-                ("", f"{link}<br><small>{claim['kind']}</small>"),
+                ("", f"{link}<br><small>{claim['kind']}</small><br>{badge(claim['verdict'])}"),
                 ("", escape(claim["claim"]) + published),
                 (" class=n", number(claim["measured"])),
                 (" class=n", controls),
-                ("", badge(claim["verdict"])),
             ]
             rows.append("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in cells) + "</tr>")
-    head = "<tr><th>experiment</th><th>claim</th><th>measured</th><th>controls</th><th>verdict</th></tr>"
+    head = "<tr><th>experiment</th><th>claim</th><th>measured</th><th>controls</th></tr>"
     return f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
 
 
