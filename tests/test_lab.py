@@ -151,7 +151,8 @@ def test_shuffled_recipes_stay_in_their_frequency_bin(room):
     order = np.argsort(-room.counts, kind="stable")
     top = order[: -(-int((room.counts > 0).sum()) // 20)]  # array_split gives the first bins one more
     rows = room.reflow.dictionary.codes[torch.from_numpy(top)]
-    nearest = torch.cdist(room.shuffled.dictionary.codes[torch.from_numpy(top)], rows).amin(1)
+    moved = room.shuffled.dictionary.codes[torch.from_numpy(top)]
+    nearest = torch.cdist(moved.double(), rows.double()).amin(1)
     assert nearest.max() < 1e-4
 
 
