@@ -279,7 +279,11 @@ class Lab:
     def rivals(self, subject):
         """{"pca": Dictionary, "ica": Dictionary} of the subject's E, fitted to tokens seen in training."""
         if not hasattr(subject, "_rivals"):
-            fit = torch.from_numpy(self.known_tokens()).to(self.device)
+            order = np.argsort(-self.counts, kind="stable")
+            fit = order[
+                : max(len(self.known_tokens()), 4 * subject.E.size(1))
+            ]  # enough even after a few steps
+            fit = torch.from_numpy(fit).to(self.device)
             subject._rivals = {"pca": pca(subject.E, fit), "ica": ica(subject.E, fit, self.seed)}
         return subject._rivals
 
