@@ -199,9 +199,8 @@ class Lab:
         self.step = checkpoint.find(config.run)
         self.folder = self.step.parent
         net, self.state = checkpoint.load_model(self.step, self.device)
-        self.reflow = Subject(
-            "reflow", net.float(), self.state.get("whole_val_loss") or self.state.get("val_loss")
-        )
+        loss = self.state.get("whole_val_loss") or self.state.get("val_loss")
+        self.reflow = Subject("reflow", net.float(), loss, step=self.step)
 
     @functools.cached_property
     def baseline(self):
@@ -267,6 +266,17 @@ class Lab:
     def subjects(self):
         """reFlow, its baseline if there is one, and the untrained model."""
         return [s for s in (self.reflow, self.baseline, self.step0) if s is not None]
+
+    def identity(self):
+        """What a result belongs to and is made from; with the same code, equal means the same result."""
+        trained = [s for s in (self.reflow, self.baseline) if s is not None]
+        weights = [s.step / "model.safetensors" for s in trained]
+        return {
+            "run": run_identity(self.step, self.state),
+            "val_loss": {s.name: s.val_loss for s in trained},
+            "seed": self.seed,
+            "made_from": [[str(path), path.stat().st_size, path.stat().st_mtime] for path in weights],
+        }
 
     # -- dictionaries of a subject ------------------------------------------------------------------
 
@@ -621,17 +631,9 @@ class Report:
         self.figures.append({"file": f"{name}.png", "title": title})
 
     def save(self):
-        lab = self.lab
-        losses = {"reflow": lab.reflow.val_loss}
-        if lab.__dict__.get("baseline"):
-            losses["baseline"] = lab.baseline.val_loss
-        result = {
-            "experiment": self.name,
-            "run": run_identity(lab.step, lab.state),
-            "made_from": made_from(lab),
-            "val_loss": losses,
-            "seed": lab.seed,
-            "seconds": round(time.perf_counter() - self.start, 2),
+        result = {"experiment": self.name, "seconds": round(time.perf_counter() - self.start, 2)}
+        result |= self.lab.identity()
+        result |= {
             "claims": [asdict(c) for c in self.claims],
             "numbers": self.numbers,
             "notes": self.notes,
@@ -658,13 +660,6 @@ def run_identity(step, state):
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "data_sha256": state.get("data_sha256"),
     }
-
-
-def made_from(lab):
-    """Everything outside the code that a result depends on; equal means that it need not be made again."""
-    steps = [lab.step] + ([lab.baseline.step] if lab.baseline else [])
-    weights = [(step / "model.safetensors").stat() for step in steps]
-    return [[str(s), w.st_size, w.st_mtime] for s, w in zip(steps, weights, strict=True)] + [lab.seed]
 
 
 def table(result):

@@ -49,7 +49,7 @@ def up_to_date(laboratory, name):
     code = (Path(__file__).with_name(f"{name}.py"), Path(lab.__file__))
     if any(file.stat().st_mtime > path.stat().st_mtime for file in code):
         return False
-    return json.loads(path.read_text(encoding="utf-8"))["made_from"] == lab.made_from(laboratory)
+    return laboratory.identity().items() <= json.loads(path.read_text(encoding="utf-8")).items()
 
 
 def main():
