@@ -18,6 +18,7 @@ independent units (words, questions, prompts) or no control to compare with. No 
 import copy
 import csv
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -362,8 +363,41 @@ class Lab:
         return x[chosen].to(self.device), y[chosen].to(self.device)
 
 
+def find_runs(pattern):
+    """[(checkpoint folder, state)] of the finished runs that match a glob. Raises UserError if none."""
+    found = []
+    for folder in sorted(glob.glob(pattern)):
+        if (Path(folder) / "latest").exists():
+            step, state, _ = checkpoint.newest_whole(Path(folder))
+            if step is not None and state.get("whole_val_loss") is not None:
+                found.append((step, state))
+    if not found:
+        raise UserError(f"no finished run matches --runs={pattern}: python experiments/studies.py makes some")
+    return found
+
+
+class Study:
+    """Stands for a lab in the report of a comparison of runs [(step, state)]; results go beside them."""
+
+    def __init__(self, folder, runs):
+        self.folder, self.runs = folder, runs
+
+    def identity(self):
+        return {
+            "run": {"name": str(self.folder), "step": max(state["step"] for _, state in self.runs)},
+            "runs": [run_identity(step, state) for step, state in self.runs],
+            "val_loss": {},
+        }
+
+
 # ----------------------------------------------------------------------------------------------------
 # Running a model
+
+
+def empty_model(shape):
+    """A ReFlow of a configuration dict on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return ReFlow(ModelConfig(**shape))
 
 
 def show(token):
@@ -644,11 +678,22 @@ class Report:
             writer = csv.DictWriter(f, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        (self._new / "result.json").write_text(json.dumps(result, indent=1, default=float), encoding="utf-8")
+        (self._new / "result.json").write_text(json.dumps(finite(result), indent=1), encoding="utf-8")
         shutil.rmtree(self.folder, ignore_errors=True)
         os.rename(self._new, self.folder)
         print(table(result))
         print(f"\n{self.folder}/  ({result['seconds']:.1f} s)")
+
+
+def finite(value):
+    """A result as JSON can hold it: plain numbers, None for those that are not finite."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [finite(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if hasattr(value, "item") else value
 
 
 def run_identity(step, state):
