@@ -10,10 +10,10 @@ Claims
   effect   training with k entries loses less than cutting the factored model's recipes to k afterwards.
 
 Method. The largest shape of which both kinds are among the runs, paired by seed. Raw cosines fall by mere
-arithmetic when supports shrink, so meaning is judged by ranks only, and cosines are given as numbers. Rows of
+arithmetic when supports shrink, so meaning is judged by ranks only; cosines are given as numbers. Rows of
 zeros (a token whose recipe has no positive entry) are counted. Sign is confounded with sparsity in a ReLU
-model, so the cut is made both ways: the k largest by size, and the k largest positive ones. Losses: over runs,
-rule as in convergence.py; on 64 held-out windows of 32 tokens for the cut. Units of the others: a word,
+model, so the cut is made both ways: the k largest by size, and the k largest positive ones. Losses: over
+runs, rule as in convergence.py; on 64 held-out windows of 32 tokens for the cut. Units of the others: a word,
 resampled by category, or a question, by target pair; values averaged over seeds first.
 
 Cost: half a minute for three seeds of the nano shape.
@@ -153,10 +153,11 @@ def run(runs, folder):
         "neighbour_cosine": {kind: [f[2] for f in found[kind]] for kind in found},
         "held_out_loss": {name: [float(v.mean()) for v in cut[name]] for name in cut},
     }
-    near = {kind: np.mean(values) for kind, values in report.numbers["neighbour_cosine"].items()}
+    cosine = report.numbers["neighbour_cosine"]
+    near = {kind: np.mean(values) for kind, values in cosine.items()}
     report.notes.append(
-        f"{len(pairs)} seeds, {len(words)} words of {len(categories)} categories, {len(questions)} questions. "
-        f"Mean raw cosine of the nearest neighbour: factored {near['factored']:.2f}, top-k {near['topk']:.2f}."
+        f"{len(pairs)} seeds, {len(words)} words, {len(questions)} questions. Mean raw cosine of the nearest "
+        f"neighbour: factored {near['factored']:.2f}, top-k {near['topk']:.2f}."
     )
     figure(report)
     return report
