@@ -6,9 +6,10 @@ Speed and memory beside what the hardware allows, and beside the alternatives, i
     python bench.py --config=config/reflow_nano.py --rounds=5
 
 Every row is measured in processes of its own, the rows of a part taking turns for some rounds, so that a
-noisy minute hits all of them; the table gives medians, ranges and ratios, and each row's limit, measured in the
-same run: the matrix-product peak over the very shapes of a training step, or the bandwidth at which memory is
-read. Where `transformers` is installed, its Llama of the same shape runs beside ours. Run nothing else meanwhile.
+noisy minute hits all of them; the table gives medians, ranges and ratios, and each row's limit, measured in
+the same run: the matrix-product peak over the very shapes of a training step, or the bandwidth at which memory
+is read. Where `transformers` is installed, its Llama of the same shape runs beside ours. Run nothing else
+meanwhile.
 """
 
 import configurator
@@ -289,7 +290,7 @@ def sample_row(c, kind):
 
 
 def start_row(c, kind):
-    """Seconds: of a command's --help; of opening a checkpoint as large as reflow_1's, of reading its bytes."""
+    """Seconds: of a command's --help; of opening a checkpoint of reflow_1's size, reading its bytes."""
     if kind != "load":
         command = [sys.executable, str(ROOT / kind), "--help"]
         return {"seconds": timed(lambda: subprocess.run(command, capture_output=True, check=True), 2.0)}
@@ -501,8 +502,8 @@ def show(part, found):
             f"200 prompts x 1,024 signals, V = 50,257: closed form {spread(closed['seconds'], '{:.1f}')} s"
         )
         lines.append(
-            f"brute force, 64 of the signals, scaled up: {spread(brute['seconds'], '{:.0f}')} s for 2 prompts; "
-            f"the two differ by at most {max(brute['worst_difference']):.1e}"
+            f"brute force, scaled up from 64 signals: {spread(brute['seconds'], '{:.0f}')} s for 2; "
+            f"they differ by at most {max(brute['worst_difference']):.1e}"
         )
     return lines
 
