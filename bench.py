@@ -7,9 +7,9 @@ Speed and memory beside what the hardware allows, and beside the alternatives, i
 
 Every row is measured in processes of its own, the rows of a part taking turns for some rounds, so that a
 noisy minute hits all of them; the table gives medians, ranges and ratios, and each row's limit, measured in
-the same run: the matrix-product peak over the very shapes of a training step, or the bandwidth at which memory
-is read. Where `transformers` is installed, its Llama of the same shape runs beside ours. Run nothing else
-meanwhile.
+the same run: the matrix-product peak over the very shapes of a training step, or the bandwidth at which
+memory is read. Where `transformers` is installed, its Llama of the same shape runs beside ours. Run nothing
+else meanwhile.
 """
 
 import configurator

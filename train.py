@@ -3,6 +3,7 @@ Train a reFlow model.
 
     python train.py                               the nano model on the embedded corpus, on whatever is here
     python train.py config/reflow_1.py --dry_run  what a run needs; trains nothing
+    python train.py --init_from=out/reflow-nano --out_dir=out/tuned --dataset=books       fine-tune a run
     python train.py --resume                      go on after a kill, bit for bit (start, if nothing is there)
 
     torchrun --standalone --nproc_per_node=4 train.py config/reflow_1.py        four GPUs; several machines:
@@ -27,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +73,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # recompute blocks in backward: a third more work, far less memory
     compile: bool = False  # torch.compile the blocks, if a trial step agrees with the plain one
     logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
+    init_from: str | None = None  # start from the model of this run, or of one of its step_... folders
     resume: bool = False  # go on from the newest whole checkpoint in out_dir
     verify_data: bool = False  # check every shard's SHA-256 first
     dry_run: bool = False  # print parameters, FLOPs, memory and time, and stop
@@ -263,12 +265,27 @@ def find_dataset(name):
     return folder
 
 
+def read_origin(m, c):
+    """(the model that --init_from names, the ModelConfig to train it with). UserError.
+
+    The model's own configuration holds; only dropout, which is no part of it, is the run's.
+    """
+    given = [a for a in sys.argv[1:] for f in fields(ModelConfig) if a.startswith(f"--{f.name}=")]
+    if given := [a for a in given if not a.startswith("--dropout=")]:
+        raise UserError(f"--init_from={c.init_from} decides the model: leave out {' '.join(given)}")
+    origin, _ = checkpoint.load_model(checkpoint.find(c.init_from))
+    return origin, replace(origin.config, dropout=m.dropout)
+
+
 def main():
     nano = Path(__file__).parent / "config/reflow_nano.py"
     m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano)
     rank, local, world = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world = max(world, 1)  # torchrun sets them; without it this is the only process
     first = rank == 0
+    origin = None
+    if c.init_from is not None:
+        origin, m = read_origin(m, c)
 
     def say(text):
         if first:
@@ -306,6 +323,9 @@ def main():
 
     torch.manual_seed(c.seed)
     model = raw = ReFlow(m).to(device)
+    if origin is not None:
+        raw.load_state_dict(origin.state_dict())
+        del origin
     raw.activation_checkpointing = c.activation_checkpointing
     if c.compile:
         compile_blocks(raw, *(t.to(device) for t in train_set.windows(0, c.micro_batch_size)), autocast)

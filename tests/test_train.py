@@ -4,6 +4,7 @@ Most tests call train.main() here, with sys.argv set. Where a process is the poi
 that has imported torch already, so that a kill and a resume cost milliseconds instead of seconds.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -711,3 +712,40 @@ def test_dry_run(config, tmp_path, monkeypatch, capsys):
         total = sum(p.numel() for p in ReFlow(m).parameters())
     assert f" {total:,} parameters" in out and "GiB" in out and "4 x T4" in out
     assert not list(tmp_path.iterdir()) and before == (sorted(ROOT.glob("*")), sorted(ROOT.glob("data/*/*")))
+
+
+def test_init_from(tiny, tmp_path):
+    """A new run starts at another's weights, in its shape, whatever the config file says; dropout is its own."""
+    first = go(tiny, tmp_path / "first", "--max_steps=4", "--n_embd=16", "--vocab=topk", "--top_k=3")
+    old, state = checkpoint.load_model(first / "step_000004")
+    second = go(tiny, tmp_path / "second", f"--init_from={first}", "--max_steps=4", "--dropout=0.1")
+    start, started = checkpoint.load_model(second / "step_000000")
+    assert start.config == dataclasses.replace(old.config, dropout=0.1)
+    assert all(map(torch.equal, start.state_dict().values(), old.state_dict().values()))
+    assert started["val_loss"] == state["val_loss"]
+    end, _ = checkpoint.load_model(second / "step_000004")
+    assert not torch.equal(end.vocab.recipe, start.vocab.recipe)
+
+    more = (f"--init_from={first}", "--dropout=0.1", "--max_steps=8", "--resume")
+    assert checkpoint.find(go(tiny, second, *more)).name == "step_000008"
+
+
+def test_init_from_decides_the_model(tiny, tmp_path):
+    first = go(tiny, tmp_path / "first", "--max_steps=1")
+    with pytest.raises(UserError, match="decides the model: leave out --n_layer=1$"):
+        go(tiny, tmp_path / "second", f"--init_from={first}", "--n_layer=1", "--dropout=0.1")
+    with pytest.raises(UserError, match="no run nowhere"):
+        go(tiny, tmp_path / "second", "--init_from=nowhere")
+    assert not (tmp_path / "second").exists()
+
+
+def test_init_from_on_two_processes(tiny, tmp_path, fork):
+    first = go(tiny, tmp_path / "first", "--max_steps=2")
+    for mode in ("ddp", "fsdp"):
+        more = (f"--init_from={first}", "--max_steps=1", f"--parallel={mode}")
+        run = parallel(fork, tiny, tmp_path / mode, *more)
+        weights = [
+            checkpoint.load_tensors(f / "model.safetensors")
+            for f in (first / "step_000002", run / "step_000000")
+        ]
+        assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
