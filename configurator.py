@@ -199,8 +199,12 @@ def help(*files):
     Reads the sources, imports nothing: help needs no torch. Files are relative to the first one's folder or
     this one's. A config is a dataclass whose name ends in Config.
     """
-    if not {"-h", "--help"} & set(sys.argv[1:]):
-        return
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        run(lambda: print_help(*files))
+        raise SystemExit(0)
+
+
+def print_help(*files):
     folders = [Path(files[0]).resolve().parent, Path(__file__).resolve().parent]
     paths = [next(path for folder in folders if (path := folder / file).exists()) for file in files]
     sources = [path.read_text(encoding="utf-8") for path in paths]
@@ -212,7 +216,6 @@ def help(*files):
             left = "  " + "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=True))
             indent = " " * len(left)
             print(textwrap.fill(left + comment, max(110, len(left) + 40), subsequent_indent=indent).rstrip())
-    raise SystemExit(0)
 
 
 def tables(source):

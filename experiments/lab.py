@@ -251,12 +251,11 @@ class Lab:
 
     @functools.cached_property
     def shuffled(self):
-        """The trained model with its recipes exchanged among tokens of like frequency (twenty bins)."""
-        order = np.argsort(-self.counts, kind="stable")
-        permutation = np.arange(len(order))
-        rng = self.rng("shuffled")
-        known = int((self.counts > 0).sum())
-        for part in np.array_split(order[:known], 20) + [order[known:]]:
+        """The trained model with its recipes exchanged among tokens of like frequency (within one octave)."""
+        octave = np.log2(np.maximum(self.counts, 0.5)).astype(int)  # (n_tokens,), -1 for a token never seen
+        permutation, rng = np.arange(len(octave)), self.rng("shuffled")
+        for i in np.unique(octave):
+            part = np.flatnonzero(octave == i)
             permutation[part] = rng.permutation(part)
         d = self.reflow.dictionary
         shuffled = Dictionary("shuffled", d.codes[torch.from_numpy(permutation).to(self.device)], d.atoms)
@@ -468,12 +467,12 @@ def edited(net, edits):
 
 
 def steering(net, direction, strength, layers, positions=slice(None)):
-    """Add `strength` residual norms of `direction` (d,) to the stream entering each of `layers`: an `edited`.
+    """Add `strength` residual norms of `direction` to the stream entering each of `layers`: an `edited`.
 
     A norm is that of the very vector steered, so one strength means the same at every layer and token.
-    `strength` is a float, or (B, 1, 1) to give each row its own.
+    `direction` is (d,), or (B, 1, d) to give each row its own; `strength` a float, or (B, 1, 1).
     """
-    unit = direction / direction.norm()
+    unit = direction / direction.norm(dim=-1, keepdim=True)
 
     def edit(x):
         x = x.clone()
