@@ -36,8 +36,8 @@ def parse(*dataclasses, argv=None, default_config=None):
     for cls in dataclasses:
         hints = get_type_hints(cls)
         for field in fields(cls):
-            assert field.name not in kinds, f"{field.name} is a field of two dataclasses"
-            kinds[field.name] = hints[field.name]
+            assert key(field) not in kinds, f"{field.name} is a field of two dataclasses"
+            kinds[key(field)] = hints[field.name]
 
     files, overrides = read_arguments(sys.argv[1:] if argv is None else argv, kinds)
     overrides = typed(overrides, kinds)  # first: a mistyped argument is news before the contents of a file
@@ -46,11 +46,11 @@ def parse(*dataclasses, argv=None, default_config=None):
         values |= typed(read_file(path), kinds)
     values |= overrides
 
-    required = (f.name for cls in dataclasses for f in fields(cls) if default(f) is MISSING)
+    required = (key(f) for cls in dataclasses for f in fields(cls) if default(f) is MISSING)
     if missing := [name for name in required if name not in values]:
         example = default_config or "config/reflow_nano.py"
         raise UserError(f"missing {', '.join(missing)}: name a config file, for example {example}")
-    arguments = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in dataclasses]
+    arguments = [{f.name: values[key(f)] for f in fields(cls) if key(f) in values} for cls in dataclasses]
     try:
         return tuple(cls(**kwargs) for cls, kwargs in zip(dataclasses, arguments, strict=True))
     except ValueError as error:  # from a __post_init__: each value is fine, their combination is not
@@ -173,6 +173,11 @@ def convert(value, kind):
     raise ValueError(EXPECTED[kind])
 
 
+def key(field):
+    """A field's name on the command line and in files: without the `_` that a word of Python's own needs."""
+    return field.name.rstrip("_")
+
+
 def default(field):
     """The default of a dataclass field, MISSING if it is required."""
     return field.default if field.default_factory is MISSING else field.default_factory()
@@ -181,7 +186,7 @@ def default(field):
 def differences(*instances):
     """Return {key: value} for the fields that differ from their defaults; required fields always do."""
     values = ((f, getattr(x, f.name)) for x in instances for f in fields(x))
-    return {f.name: value for f, value in values if value != default(f)}
+    return {key(f): value for f, value in values if value != default(f)}
 
 
 def describe(*instances):
@@ -249,7 +254,7 @@ def tables(source):
             comment = " ".join(comments[line] for line in range(first, last + 1) if line in comments)
             # The default in the source's own spelling: 6e-4, not 0.0006.
             initial = ast.get_source_segment(source, field.value) if field.value else "required"
-            rows.append((f"--{field.target.id}", ast.unparse(field.annotation), initial, comment))
+            rows.append((f"--{field.target.id.rstrip('_')}", ast.unparse(field.annotation), initial, comment))
         if rows:
             yield cls.name, rows
 

@@ -14,11 +14,11 @@ Plain modules with plain forward hooks; their names are stable. Beside them Tran
 
     vocab                              hook_embed (vocab.embed), unembed (vocab.logits)
     blocks.{i}                         blocks.{i}.hook_resid_post
-    blocks.{i}.norm1 / .norm2          blocks.{i}.ln1.hook_normalized / .ln2.hook_normalized
+    blocks.{i}.norm1 / .norm2          blocks.{i}.ln1.hook_out / .ln2.hook_out
     blocks.{i}.attn.q / .k / .v        blocks.{i}.attn.hook_q / hook_k / hook_v (heads side by side)
     blocks.{i}.attn                    blocks.{i}.hook_attn_out
     blocks.{i}.mlp                     blocks.{i}.hook_mlp_out
-    norm                               ln_final.hook_normalized
+    norm                               ln_final.hook_out
 """
 
 import math

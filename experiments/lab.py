@@ -241,7 +241,9 @@ class Lab:
     @functools.cached_property
     def step0(self):
         """The untrained model: the run's own step 0, or a fresh start of the same configuration."""
-        if (self.folder / "step_000000").is_dir() and self.step.name != "step_000000":
+        train = self.state["config"].get("train", {})
+        untrained = not train.get("init_from") and not train.get("imported_from")  # else step 0 knows a lot
+        if untrained and (self.folder / "step_000000").is_dir() and self.step.name != "step_000000":
             net, state = checkpoint.load_model(self.folder / "step_000000", self.device)
             return Subject("step 0", net.float(), state.get("val_loss"))
         with torch.random.fork_rng(devices=[]):

@@ -715,7 +715,7 @@ def test_dry_run(config, tmp_path, monkeypatch, capsys):
 
 
 def test_init_from(tiny, tmp_path):
-    """A new run starts at another's weights, in its shape, whatever the config file says; dropout is its own."""
+    """A new run has another's weights and shape, whatever the config file says; dropout is its own."""
     first = go(tiny, tmp_path / "first", "--max_steps=4", "--n_embd=16", "--vocab=topk", "--top_k=3")
     old, state = checkpoint.load_model(first / "step_000004")
     second = go(tiny, tmp_path / "second", f"--init_from={first}", "--max_steps=4", "--dropout=0.1")
