@@ -190,6 +190,12 @@ class Subject:
         return self.dictionary.codes @ self.dictionary.atoms
 
 
+def results_folder(run, step):
+    """Where results of `--run=run` go: <run>/experiments, or the step_... folder's own if that was named."""
+    named = run is not None and Path(run).resolve() == step.resolve()
+    return (step if named else step.parent) / "experiments"
+
+
 class Lab:
     """A run, its controls and its text. Everything beyond the run itself is made on first use."""
 
@@ -198,7 +204,7 @@ class Lab:
         self.device = pick_device(config.device)
         keep_freed_memory()
         self.step = checkpoint.find(config.run)
-        self.folder = self.step.parent
+        self.folder, self.results = self.step.parent, results_folder(config.run, self.step)
         net, self.state = checkpoint.load_model(self.step, self.device)
         loss = self.state.get("whole_val_loss") or self.state.get("val_loss")
         self.reflow = Subject("reflow", net.float(), loss, step=self.step)
@@ -381,7 +387,7 @@ class Study:
     """Stands for a lab in the report of a comparison of runs [(step, state)]; results go beside them."""
 
     def __init__(self, folder, runs):
-        self.folder, self.runs = folder, runs
+        self.folder, self.results, self.runs = folder, folder / "experiments", runs
 
     def identity(self):
         return {
@@ -637,13 +643,13 @@ def pyplot():
 
 
 class Report:
-    """What an experiment found; `save` prints it and writes <run>/experiments/<name>/, whole or not."""
+    """What an experiment found; `save` prints it and writes its folder, whole or not at all."""
 
     def __init__(self, lab, name):
         self.lab, self.name, self.start = lab, name, time.perf_counter()
         self.claims, self.rows, self.numbers, self.notes, self.figures = [], [], {}, [], []
         self.gallery = ""  # preformatted text for the reader: examples, chosen and not chosen
-        self.folder = lab.folder / "experiments" / name
+        self.folder = lab.results / name
         self._new = self.folder.with_name(f".{name}.tmp")
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir(parents=True)

@@ -23,6 +23,7 @@ from html import escape
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
+from experiments.lab import results_folder
 from experiments.run_all import NAMES
 
 
@@ -129,7 +130,7 @@ not show it.</p>
 
 def main():
     (c,) = configurator.parse(ReportConfig)
-    folder = checkpoint.find(c.run).parent / "experiments"
+    folder = results_folder(c.run, checkpoint.find(c.run))
     found = [name for name in NAMES if (folder / name / "result.json").exists()]
     if not found:
         raise UserError(f"no results in {folder}: run python experiments/run_all.py")

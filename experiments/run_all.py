@@ -43,7 +43,7 @@ class RunAllConfig:
 
 def up_to_date(laboratory, name):
     """Whether the run holds this experiment's result for these very checkpoints, seed and code."""
-    path = laboratory.folder / "experiments" / name / "result.json"
+    path = laboratory.results / name / "result.json"
     if not path.exists():
         return False
     code = (Path(__file__).with_name(f"{name}.py"), Path(lab.__file__))

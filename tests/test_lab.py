@@ -257,6 +257,7 @@ def test_a_result_is_written_whole_and_its_page_holds_it(room, monkeypatch, caps
     assert not list(folder.glob(".*"))
     assert run_all.up_to_date(room, "ablate_signal") and not run_all.up_to_date(room, "signal_lens")
     assert not run_all.up_to_date(open_lab(room.folder, seed=1), "ablate_signal")
+    assert not run_all.up_to_date(open_lab(room.step), "ablate_signal")  # a step named has a place of its own
 
     monkeypatch.setattr("sys.argv", ["report.py", f"--run={room.folder}"])
     report.main()
