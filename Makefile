@@ -1,22 +1,28 @@
-# make demo   install, prepare the embedded corpus, train the nano model, sample from it
-# make test   install, run the tests
-# make lint   check style
+# make demo      install, prepare the embedded corpus, train the nano model and its baseline, run the experiments
+# make test      install, run the tests
+# make lint      check style
+# make studies   train and compare 27 small runs
+# make bench     speed and memory
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint studies bench
 
 demo: .venv/run
 	$(BIN)/python data/sotu/prepare.py
 	$(BIN)/python train.py config/reflow_nano.py --resume
 	@echo
 	$(BIN)/python sample.py --run=out/reflow-nano
+	$(BIN)/python train.py config/gpt2_new_nano.py --resume
+	$(BIN)/python experiments/run_all.py --run=out/reflow-nano
 	@echo
-	@echo "Next: source .venv/bin/activate, then"
-	@echo "  python sample.py --prompt=\"My fellow citizens\" --temperature=0.6"
-	@echo "  python train.py config/gpt2_new_nano.py                               the baseline, same shape and data"
-	@echo "  python train.py config/reflow_nano.py --out_dir=out/longer --max_steps=2000 --warmup_steps=200"
+	$(BIN)/python experiments/report.py --run=out/reflow-nano
+	@echo
+	@echo "Open that page in a browser. Next: source .venv/bin/activate, then"
+	@echo "  python sample.py --run=out/reflow-nano --prompt=\"My fellow citizens\" --temperature=0.6"
+	@echo "  python experiments/ablate_signal.py --run=out/reflow-nano --prompt=\"The people of the\""
+	@echo "  python train.py --out_dir=out/longer --max_steps=2000 --warmup_steps=200"
 	@echo "  python train.py --help"
 
 test: .venv/dev
@@ -25,6 +31,14 @@ test: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+studies: .venv/run
+	$(BIN)/python data/sotu/prepare.py
+	$(BIN)/python experiments/studies.py
+
+bench: .venv/run
+	$(BIN)/python data/sotu/prepare.py
+	$(BIN)/python bench.py
 
 # Stamps: a package is installed once, and again when its list changes.
 .venv/run: requirements.txt

@@ -4,8 +4,14 @@ Continue text with a trained model.
     python sample.py                                             the newest run under out/
     python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
     python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
+    python sample.py --steer="+joy:4@0-2,-s17:2@1"
 
 All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
+
+--steer pushes the model towards (+) or away from (-) words or signals, as the experiments do: `+joy:4@0-2`
+adds the embedding of " joy", scaled to 4 times the length of the stream, to the stream entering layers 0, 1
+and 2, at every position. `s17` is signal 17; the layer after the last block is the final norm. A word must be
+one token. One item after another is added to the same layer, each in lengths of the stream as it then is.
 """
 
 import configurator
@@ -14,8 +20,10 @@ if __name__ == "__main__":
     configurator.help(__file__)
 
 import codecs
+import re
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +45,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens only; None: all
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
+    steer: str | None = None  # sign, word or signal, strength, layers: "+joy:4@0-2,-s17:2@1"; None: nothing
     seed: int = 0  # of the samples
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
@@ -60,6 +69,45 @@ def read_prompt(prompt):
         raise UserError(f"--prompt={prompt}: {error}") from None
 
 
+def read_steering(text, model):
+    """What --steer means: (direction (d,), strength, layers) for each item, as in `lab.steering`."""
+    found, last = [], model.config.n_layer
+    basis = getattr(model.vocab, "basis", None)
+    for item in text.split(","):
+        parts = re.fullmatch(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?", item.strip())
+        where = f"--steer: {item.strip()!r}"
+        if not parts:
+            raise UserError(f"{where} is not like +joy:4@0-2 (sign, word or signal, strength, layers)")
+        sign, name, strength, start, stop = parts.groups()
+        layers = range(int(start), int(stop or start) + 1)
+        if not layers or layers[-1] > last:
+            raise UserError(f"{where}: layers go up from 0 to {last}, the final norm")
+        if re.fullmatch(r"s\d+", name):
+            if basis is None:
+                raise UserError(f"{where}: a plain GPT has no signals, only words")
+            if int(name[1:]) >= len(basis):
+                raise UserError(f"{where}: signals are s0 to s{len(basis) - 1}")
+            direction = basis[int(name[1:])]
+        else:
+            tokens = encoding().encode_ordinary(" " + name)
+            if len(tokens) != 1 or tokens[0] >= model.config.n_tokens:
+                raise UserError(f"{where}: ' {name}' is {len(tokens)} tokens: take a word that is one token")
+            direction = model.vocab.embed(torch.tensor(tokens, device=model.norm.weight.device))[0]
+        found.append((direction.detach(), float(sign + strength), layers))
+    return found
+
+
+def steered(model, text):
+    """A context in which the model is steered by --steer."""
+    stack = ExitStack()
+    if text is not None:
+        from experiments import lab  # here, since plain sampling does without
+
+        for direction, strength, layers in read_steering(text, model):
+            stack.enter_context(lab.steering(model, direction, strength, layers))
+    return stack
+
+
 def main():
     (c,) = configurator.parse(SampleConfig)
     text = read_prompt(c.prompt)
@@ -78,18 +126,20 @@ def main():
         print(f"prompt of {len(prompt)} tokens: only the last {model.config.block_size} fit", file=sys.stderr)
         prompt = prompt[-model.config.block_size :]
 
+    steering = steered(model, c.steer)
     how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": END_OF_TEXT}
     generator = torch.Generator(device).manual_seed(c.seed)
     samples = [[] for _ in range(c.num_samples)]
     show = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
     start = time.perf_counter()
     print(text, end="", flush=True)
-    for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
-        for sample, token in zip(samples, tokens, strict=True):
-            if token is not None and token != END_OF_TEXT:
-                sample.append(token)
-        if tokens[0] is not None and tokens[0] != END_OF_TEXT:
-            print(show.decode(tokenizer.decode_single_token_bytes(tokens[0])), end="", flush=True)
+    with steering:
+        for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
+            for sample, token in zip(samples, tokens, strict=True):
+                if token is not None and token != END_OF_TEXT:
+                    sample.append(token)
+            if tokens[0] is not None and tokens[0] != END_OF_TEXT:
+                print(show.decode(tokenizer.decode_single_token_bytes(tokens[0])), end="", flush=True)
     print(show.decode(b"", final=True))
     for sample in samples[1:]:
         print("-" * 40)
