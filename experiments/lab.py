@@ -20,6 +20,7 @@ import csv
 import functools
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -650,9 +651,7 @@ class Report:
         self.claims, self.rows, self.numbers, self.notes, self.figures = [], [], {}, [], []
         self.gallery = ""  # preformatted text for the reader: examples, chosen and not chosen
         self.folder = lab.results / name
-        self._new = self.folder.with_name(f".{name}.tmp")
-        shutil.rmtree(self._new, ignore_errors=True)
-        self._new.mkdir(parents=True)
+        self._pictures = {}  # file name -> bytes
 
     def claim(self, claim):
         self.claims.append(claim)
@@ -667,7 +666,8 @@ class Report:
         width = int(fig.get_figwidth() * 13)
         fig.suptitle("\n".join(textwrap.wrap(title, width)), x=0.01, ha="left", fontsize=10)
         fig.set_layout_engine("constrained")
-        fig.savefig(self._new / f"{name}.png")
+        fig.savefig(picture := io.BytesIO(), format="png")
+        self._pictures[f"{name}.png"] = picture.getvalue()
         pyplot().close(fig)
         self.figures.append({"file": f"{name}.png", "title": title})
 
@@ -681,13 +681,17 @@ class Report:
             "gallery": self.gallery,
             "figures": self.figures,
         }
-        with open(self._new / "rows.csv", "w", newline="", encoding="utf-8") as f:
+        new = self.folder.with_name(f".{self.name}.{os.getpid()}.tmp")
+        new.mkdir(parents=True)
+        for name, data in self._pictures.items():
+            (new / name).write_bytes(data)
+        with open(new / "rows.csv", "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        (self._new / "result.json").write_text(json.dumps(finite(result), indent=1), encoding="utf-8")
+        (new / "result.json").write_text(json.dumps(finite(result), indent=1), encoding="utf-8")
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.rename(self._new, self.folder)
+        os.rename(new, self.folder)
         print(table(result))
         print(f"\n{self.folder}/  ({result['seconds']:.1f} s)")
 
