@@ -471,11 +471,11 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """logits (B, n) -> ids (B,). top_p keeps the smallest set of tokens that holds that much probability."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    logits, ids = (logits / temperature).topk(
+        min(top_k or logits.size(-1), logits.size(-1))
+    )  # (B, k), sorted
+    p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        p, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = p.cumsum(-1) - p >= top_p  # the mass before a token already suffices; the first is always kept
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the mass before already suffices; the first is kept
+    # Drawn among k, not all: on a CPU a draw from 50,257 costs milliseconds.
+    return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)

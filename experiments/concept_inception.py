@@ -282,8 +282,8 @@ def run(laboratory):
         found = f"{native[i]:6.2f}" if forced[i] else " never"
         report.gallery += f"{found}  {text:>48} |{lab.show(tokens[i])}  (rank {rank[i]} before)\n"
     report.notes.append(
-        "A dose of 1 is as long as the stream itself; censored pairs count as 64. Entering the final norm the grid "
-        f"finds {np.isfinite(alpha['reflow', n_layer]).mean():.1%} of pairs forced, the closed form "
+        "A dose of 1 is as long as the stream itself; censored pairs count as 64. Entering the final norm "
+        f"the grid finds {np.isfinite(alpha['reflow', n_layer]).mean():.1%} of pairs forced, the closed form "
         f"{np.isfinite(exact['reflow']).mean():.1%}."
     )
     figures(report, alpha, chance, cut, turned, count, rank, middle, n_layer)
@@ -328,7 +328,7 @@ def figures(report, alpha, chance, cut, turned, count, rank, middle, n_layer):
         axes.set_xscale("log", base=2)
         axes.set_title(title, loc="left")
         axes.set(xlabel="alpha, residual norms", ylabel="share of pairs not yet forced", ylim=(-0.03, 1.03))
-        axes.legend()
+        axes.legend(loc="lower right" if axes is left else "lower left", fontsize=7)
 
     native = alpha["reflow", middle]
     survival(left, native, where="post", color=lab.COLOURS["native"], label="own direction")

@@ -481,7 +481,7 @@ def steering(net, direction, strength, layers, positions=slice(None)):
     A norm is that of the very vector steered, so one strength means the same at every layer and token.
     `direction` is (d,), or (B, 1, d) to give each row its own; `strength` a float, or (B, 1, 1).
     """
-    unit = direction / direction.norm(dim=-1, keepdim=True)
+    unit = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)  # nothing stays nothing
 
     def edit(x):
         x = x.clone()

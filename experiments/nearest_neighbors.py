@@ -20,7 +20,8 @@ so their cosines nearly agree. Two words share a stem if the shorter one's first
 begin the other, or if the probe lists have them as singular and plural. Hubness: skewness of how often a word
 is among the 10 nearest of others. Unit: a query word; words of one category are resampled together.
 
-Cost: 50 cosine matrices of at most 1,000 labelled and 2,000 frequent words.
+Cost beside ICA: 50 cosine matrices of at most 1,000 labelled and 2,000 frequent words: 4 s on one core for 64
+signals, 35 s for 1,024 (50,257 tokens each).
 """
 
 import importlib.util

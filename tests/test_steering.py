@@ -170,7 +170,7 @@ def test_a_planted_sentiment_signal_steers(reports):
     )
     assert "beats 19 rotations" in report.claims[2].reason
     assert report.numbers["anti_steerable_share"]["native"] == 0
-    assert (report._new / "surgery.png").exists()
+    assert [figure["file"] for figure in report.figures] == ["surgery.png"]
 
 
 def test_rotated_signals_steer_no_better_than_rotations(reports):
@@ -259,7 +259,7 @@ def test_long_rows_force_and_untrained_rows_force_as_well_as_any(reports):
     assert verdicts(report)[0] == "supported"
     assert report.numbers["closed_form_largest_relative_error"] < 0.07
     assert report.numbers["share_forced_controls"]["random"] < 0.2
-    assert (report._new / "critical_alpha.png").exists()
+    assert [figure["file"] for figure in report.figures] == ["critical_alpha.png"]
     assert verdicts(reports[concept_inception, "untrained"])[0] == "not supported"
     assert verdicts(reports[concept_inception, "turned"])[1] == "not supported"
     assert "beats 19 rotations" in report.claims[1].reason
@@ -314,7 +314,7 @@ def test_edits_of_planted_recipes_work_and_of_untrained_ones_do_not(reports):
     edits = report.numbers["edits"]
     assert edits["reflow, swap, input"]["KL, text without"] < 1e-6  # no token of it was read
     assert edits["reflow, add, output"]["tilt, nats"] == pytest.approx(0, abs=1e-6)
-    assert (report._new / "edits.png").exists()
+    assert [figure["file"] for figure in report.figures] == ["edits.png"]
     assert verdicts(reports[gene_tampering, "untrained"])[:2] == ["not supported"] * 2
     assert verdicts(reports[gene_tampering, "turned"]) == ["supported", "supported", "not supported"]
 
