@@ -127,10 +127,14 @@ def ica(E, fit, seed=0):
     from sklearn.decomposition import FastICA
 
     row_space, z = in_row_space(E)
+    part = z[fit[: max(4000, 8 * z.size(1))]].cpu().numpy()
+    fast = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 200 iterations: still a fair rotation
-        fast = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
-        fast.fit(z[fit[: max(4000, 8 * z.size(1))]].float().cpu().numpy())
+        try:
+            fast.fit(part)
+        except ValueError:  # fp32 takes half the time, but its orthogonalisation may overflow
+            fast.fit(part.astype(np.float64))
     unmix = torch.as_tensor(fast.components_, dtype=torch.float64)  # (r, r)
     return Dictionary("ica", z @ unmix.T.to(z), torch.linalg.inv(unmix.T).to(z) @ row_space)
 
@@ -573,33 +577,37 @@ def effect(claim, measured, chance, unit, groups=None, lower=False, published=""
     if n < LEAST or worst is None:
         verdict, reason = "inconclusive", f"only {n} {unit}" if worst else "no control"
     else:
-        verdict = "supported" if worst[1].low > 0 else "not supported"
+        rounding = 1e-5 * np.abs(measured).mean()  # a gain below it is none
+        verdict = "supported" if worst[1].low > rounding else "not supported"
         reason = f"gain over {worst[0]}: {worst[1]}"
     return Claim(claim, "effect", verdict, reason, unit, n, estimate(measured, groups), controls, published)
 
 
-def signals(claim, measured, rotations, rivals, unit, groups=None, lower=False, published=""):
-    """Is the native dictionary special? measured (n,), rotations (K, n), rivals {name: (n,)}. A Claim."""
+def signals(
+    claim, measured, rotations, rivals, unit, groups=None, lower=False, published="", gauges="rotations"
+):
+    """Is the native dictionary special? measured (n,), rotations (K, n), rivals {name: (n,)}. A Claim.
+
+    `gauges` says what the K others are, where they are not rotations.
+    """
     sign = -1 if lower else 1
-    rotations = np.asarray(rotations, float)
-    means, k = rotations.mean(1), len(rotations)
-    p = (1 + (sign * means >= sign * np.mean(measured)).sum()) / (k + 1)
+    means = np.asarray(rotations, float).mean(1)  # (K,)
+    p = (1 + (sign * means >= sign * np.mean(measured)).sum()) / (len(means) + 1)
     against = effect(claim, measured, rivals, unit, groups, lower)
-    if against.n < LEAST or k < ROTATIONS:
-        verdict, reason = "inconclusive", f"only {against.n} {unit}, {k} rotations"
+    others = f"{len(means)} {gauges}"
+    if against.n < LEAST or len(means) < ROTATIONS:
+        verdict, reason = "inconclusive", f"only {against.n} {unit}, {others}"
     elif p > 0.05:
-        verdict, reason = "not supported", f"random rotations do as well (p = {p:.2f}, {k} rotations)"
+        verdict, reason = "not supported", f"random {gauges} do as well (p = {p:.2f}, {others})"
     elif rivals and against.verdict != "supported":
-        verdict, reason = "not supported", f"beats {k} rotations (p = {p:.2f}), but only {against.reason}"
+        verdict, reason = "not supported", f"beats {others} (p = {p:.2f}), but: {against.reason}"
     else:
-        verdict, reason = (
-            "supported",
-            f"beats {k} rotations (p = {p:.2f})" + (f", {against.reason}" if rivals else ""),
-        )
+        also = f"; {against.reason}" if rivals else ""
+        verdict, reason = "supported", f"beats {others} (p = {p:.2f}){also}"
     spread = Estimate(
         float(means.mean()), float(means.min()), float(means.max())
-    )  # of the rotations, not of units
-    controls = {f"{k} rotations (range)": spread, **against.controls}
+    )  # over the K, not over units
+    controls = {f"{others} (range)": spread, **against.controls}
     return Claim(claim, "signals", verdict, reason, unit, against.n, against.measured, controls, published)
 
 
@@ -620,6 +628,7 @@ COLOURS = {
     "shuffled": "#56B4E9",
     "random": "#999999",
     "other": "#F0E442",
+    "E": "#000000",
 }
 
 

@@ -191,6 +191,7 @@ def run(laboratory, c=None):
             {name: measured[name] for name in ("E", "pca", "ica", "baseline") if name in measured},
             "categories",
             labels,
+            gauges="gauges",
         )
     )
 

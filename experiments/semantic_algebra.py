@@ -154,6 +154,7 @@ def run(laboratory):
             {k: 1 / found[k]["3CosAdd"] for k in ("E", "pca", "ica", "baseline") if k in found},
             "target pairs",
             target,
+            gauges="gauges",
         )
     )
     report.numbers = {

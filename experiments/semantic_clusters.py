@@ -149,6 +149,7 @@ def run(laboratory):
             {k: measured[k] for k in ("E", "pca", "ica", "baseline") if k in measured},
             "categories",
             labels,
+            gauges="gauges",
         )
     )
 
