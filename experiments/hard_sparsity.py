@@ -37,7 +37,7 @@ from configurator import UserError
 from experiments import lab
 from experiments.convergence import below, collect, t_interval
 from experiments.nearest_neighbors import chance, cosines, precision, whole_words
-from experiments.semantic_algebra import build, ranks
+from experiments.semantic_algebra import QUESTIONS, build, ranks
 
 PUBLISHED = "cosine 0.76 to 0.30, analogies 3/3 to 0/3, silhouette -0.02 (464M, OpenWebText, Top-64)"
 
@@ -84,7 +84,9 @@ def run(runs, folder):
     pool = whole_words(room, 10_000)
     place = {int(t): i for i, t in enumerate(pool)}
     relations = {name: r["pairs"] for name, r in room.probe("analogies").items()}
-    questions, target, _ = build(relations, lambda w: place.get(room.known(w)), room.rng("questions"))
+    questions, target, _ = build(
+        relations, lambda w: place.get(room.known(w)), room.rng("questions"), QUESTIONS
+    )
     x, y = room.heldout(64, 32)
 
     found = {kind: [] for kind in ("factored", "topk")}
