@@ -643,6 +643,8 @@ def bring(source, to, dataset, sequences):
         how = torch.device("cpu"), contextlib.nullcontext(), 0, 1  # no autocast; one process
         return evaluate(build_model(config, weights), text, sequences, sequences, *how)
 
+    if not source.exists():
+        raise UserError(f"--from={source}: no such file or folder")
     if source.is_dir():
         config, weights = read_llama(source)
     else:

@@ -143,6 +143,8 @@ def chosen_on_dev(subject, x, generator):
 
 def run(laboratory, c=None):
     c = c or AblateConfig()
+    if not c.prompt:
+        raise lab.UserError("--prompt is empty: give some words")
     report = lab.Report(laboratory, "ablate_signal")
     subject = laboratory.reflow
     x, _ = laboratory.heldout(N_PROMPTS, LENGTH)
@@ -283,8 +285,6 @@ def example(report, laboratory, c):
     """The command line's prompt: a table for the gallery, a waterfall that sums to the logit difference."""
     subject, tokenizer = laboratory.reflow, encoding()
     ids = tokenizer.encode_ordinary(c.prompt)[-subject.net.config.block_size :]
-    if not ids:
-        raise lab.UserError("--prompt is empty: give some words")
     x = torch.tensor([ids], device=laboratory.device)
     h, p, target, foil = measure(subject, x)
     if c.target:

@@ -66,24 +66,21 @@ def collect(runs):
         parameters = sum(dict(parameter_table(lab.empty_model(m))).values())
         size = f"{m['n_layer']}x{m['n_embd']}"
         table[m["vocab"], size][seed] = state["whole_val_loss"], parameters, step.parent
-    return table
+    return dict(table)
 
 
 def gaps(table, kind, size):
     """Relative loss of `kind` over dense at equal depth and width, one value a seed in both: [n]."""
-    ours, dense = table[kind, size], table["dense", size]
+    ours, dense = table.get((kind, size), {}), table.get(("dense", size), {})
     return np.array([ours[s][0] / dense[s][0] - 1 for s in sorted(ours.keys() & dense.keys())])
 
 
 def gaps_at_equal_parameters(table, kind, size, sizes):
     """(the same at equal parameters [n], whether any is extrapolated)."""
     out, beyond = [], False
-    for seed, (loss, parameters, _) in sorted(table[kind, size].items()):
-        points = sorted(
-            (table["dense", s][seed][1], table["dense", s][seed][0])
-            for s in sizes
-            if seed in table["dense", s]
-        )
+    for seed, (loss, parameters, _) in sorted(table.get((kind, size), {}).items()):
+        dense = [table.get(("dense", s), {}).get(seed) for s in sizes]
+        points = sorted((d[1], d[0]) for d in dense if d is not None)
         if len(points) < 2:
             continue
         n, y = np.log([p for p, _ in points]), [v for _, v in points]

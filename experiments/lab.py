@@ -54,7 +54,7 @@ PROBES = Path(__file__).parent / "probes"
 
 @dataclass
 class LabConfig:
-    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
     seed: int = 0  # of every random choice: rotations, bootstrap, prompts
     device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
@@ -195,6 +195,16 @@ class Subject:
         return self.dictionary.codes @ self.dictionary.atoms
 
 
+def newest_with_signals(out="out"):
+    """The checkpoint folder of the newest run under `out` that is no plain GPT, else of the newest."""
+    newest = sorted(Path(out).glob("*/latest"), key=os.path.getmtime, reverse=True)
+    for pointer in newest:
+        step = checkpoint.find(pointer.parent)
+        if checkpoint.read_state(step)["config"]["model"]["vocab"] != "dense":
+            return step
+    return checkpoint.find(None, out)
+
+
 def results_folder(run, step):
     """Where results of `--run=run` go: <run>/experiments, or the step_... folder's own if that was named."""
     named = run is not None and Path(run).resolve() == step.resolve()
@@ -208,7 +218,7 @@ class Lab:
         self.config, self.seed = config, config.seed
         self.device = pick_device(config.device)
         keep_freed_memory()
-        self.step = checkpoint.find(config.run)
+        self.step = checkpoint.find(config.run) if config.run else newest_with_signals()
         self.folder, self.results = self.step.parent, results_folder(config.run, self.step)
         net, self.state = checkpoint.load_model(self.step, self.device)
         loss = self.state.get("whole_val_loss") or self.state.get("val_loss")
@@ -283,12 +293,12 @@ class Lab:
     def identity(self):
         """What a result belongs to and is made from; with the same code, equal means the same result."""
         trained = [s for s in (self.reflow, self.baseline) if s is not None]
-        weights = [s.step / "model.safetensors" for s in trained]
+        weights = {s.step.parent.name: s.step / "model.safetensors" for s in trained}
         return {
             "run": run_identity(self.step, self.state),
             "val_loss": {s.name: s.val_loss for s in trained},
             "seed": self.seed,
-            "made_from": [[str(path), path.stat().st_size, path.stat().st_mtime] for path in weights],
+            "made_from": {name: file_sha256(path) for name, path in weights.items()},
         }
 
     # -- dictionaries of a subject ------------------------------------------------------------------
@@ -661,6 +671,7 @@ class Report:
         self.gallery = ""  # preformatted text for the reader: examples, chosen and not chosen
         self.folder = lab.results / name
         self._pictures = {}  # file name -> bytes
+        self.options = {}  # of the experiment, where they are not the defaults
 
     def claim(self, claim):
         self.claims.append(claim)
@@ -682,7 +693,7 @@ class Report:
 
     def save(self):
         result = {"experiment": self.name, "seconds": round(time.perf_counter() - self.start, 2)}
-        result |= self.lab.identity()
+        result |= self.lab.identity() | {"options": self.options}
         result |= {
             "claims": [asdict(c) for c in self.claims],
             "numbers": self.numbers,
@@ -714,6 +725,12 @@ def finite(value):
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value.item() if hasattr(value, "item") else value
+
+
+@functools.lru_cache
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def run_identity(step, state):
@@ -756,6 +773,8 @@ def main(run, *configs):
 
     def go():
         config, *own = configurator.parse(LabConfig, *configs)
-        run(Lab(config), *own).save()
+        report = run(Lab(config), *own)
+        report.options = configurator.differences(*own)
+        report.save()
 
     configurator.run(go)

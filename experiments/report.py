@@ -23,13 +23,13 @@ from html import escape
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
-from experiments.lab import results_folder
+from experiments.lab import newest_with_signals, results_folder
 from experiments.run_all import NAMES
 
 
 @dataclass
 class ReportConfig:
-    run: str | None = None  # a run's folder; None: the newest run under out/
+    run: str | None = None  # a run's folder; None: the newest with signals under out/
 
 
 STYLE = """
@@ -130,7 +130,7 @@ not show it.</p>
 
 def main():
     (c,) = configurator.parse(ReportConfig)
-    folder = results_folder(c.run, checkpoint.find(c.run))
+    folder = results_folder(c.run, checkpoint.find(c.run) if c.run else newest_with_signals())
     found = [name for name in NAMES if (folder / name / "result.json").exists()]
     if not found:
         raise UserError(f"no results in {folder}: run python experiments/run_all.py")

@@ -1,7 +1,7 @@
 """
 All twelve experiments on one run.
 
-    python experiments/run_all.py                                  the newest run under out/
+    python experiments/run_all.py                                  the newest run with signals
     python experiments/run_all.py --run=out/reflow-1 --only=ablate_signal,signal_lens
 
 An experiment whose result is newer than the code and was made from the same checkpoints is skipped. A failure
@@ -46,10 +46,15 @@ def up_to_date(laboratory, name):
     path = laboratory.results / name / "result.json"
     if not path.exists():
         return False
-    code = (Path(__file__).with_name(f"{name}.py"), Path(lab.__file__))
+    code = [
+        Path(__file__).with_name(f"{name}.py"),
+        Path(lab.__file__),
+        Path(lab.__file__).parents[1] / "model.py",
+    ]
     if any(file.stat().st_mtime > path.stat().st_mtime for file in code):
         return False
-    return laboratory.identity().items() <= json.loads(path.read_text(encoding="utf-8")).items()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found.get("options") == {} and laboratory.identity().items() <= found.items()
 
 
 def main():
