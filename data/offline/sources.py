@@ -1,7 +1,7 @@
 """The sources of the offline corpus: what each package is, and how its text is taken out.
 
-A source's `documents` turns the files of a package, (name, bytes) pairs, into (title, paragraphs). Nothing of
-a package is ever imported or executed.
+A source's `documents` turns the files of a package, (name, bytes) pairs, into (title, paragraphs). They are
+read from its archive: nothing of a package is installed or imported.
 """
 
 import bz2
