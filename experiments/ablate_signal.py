@@ -102,12 +102,8 @@ def input_side(net, dictionary, idx, part=64):
 def attribution(net, x, target, foil):
     """Gradient of the logit difference with respect to the embeddings of idx, x (N, T): (N, T, d)."""
     e = net.vocab.embed(x).detach().requires_grad_()
-    stream = e
-    c = net.config
-    cos, sin = lab.rope_table(c.block_size, c.head_dim, c.rope_base, x.device)
-    for block in net.blocks:
-        stream = block(stream, cos[: x.size(1)], sin[: x.size(1)])
-    h = net.norm(stream[:, -1])
+    with lab.edited(net, {0: lambda _: e}):
+        h = net.encode(x)[:, -1]
     rows = net.vocab.matrix()
     (h * (rows[target] - rows[foil])).sum().backward()
     return e.grad
@@ -164,7 +160,7 @@ def run(laboratory, c=None):
 
     # The strongest signal of each prompt, and how concentrated a logit difference is, in every dictionary.
     h, p, target, foil = measure(subject, x)
-    turned = list(laboratory.rotations(subject))
+    turned = list(laboratory.rotations(subject.dictionary))
     rivals = laboratory.rivals(subject)
     drops, spread, changes = {}, {}, {}
     everything = {"native": subject.dictionary, **rivals} | {f"rotated {i}": d for i, d in enumerate(turned)}
@@ -360,9 +356,7 @@ def figures(report, changes, drops, spins):
     right.scatter(turned, np.full(len(turned), -1), color=lab.COLOURS["rotated"], s=14)
     for i, n in enumerate(names):
         m = means[n]
-        right.errorbar(
-            m.value, i, xerr=[[m.value - m.low], [m.high - m.value]], fmt="o", color=lab.COLOURS[n], capsize=3
-        )
+        right.errorbar(m.value, i, xerr=m.bars, fmt="o", color=lab.COLOURS[n], capsize=3)
     right.set_yticks(range(-1, len(names)), ["rotations", *names])
     right.set_xlabel("drop of log p, nats, by each prompt's strongest signal")
     title = (

@@ -193,8 +193,8 @@ def run(laboratory):
     kurtoses, p = {}, {}
     for s in laboratory.subjects:
         part = lab.Dictionary("native", s.dictionary.codes[tokens], s.dictionary.atoms)
-        turned = laboratory.rotations(lab.Subject(s.name, s.net, None, part))
-        kurtoses[s.name] = row_kurtosis(part), np.stack([row_kurtosis(r) for r in turned])
+        turned = np.stack([row_kurtosis(r) for r in laboratory.rotations(part)])
+        kurtoses[s.name] = row_kurtosis(part), turned
         own, others = kurtoses[s.name][0].mean(), kurtoses[s.name][1].mean(1)
         p[s.name] = two_sided(own, others)
         report.row("row kurtosis", own, model=s.name, dictionary="native")

@@ -43,7 +43,6 @@ from scipy.stats import spearmanr
 
 from data.tokenizer import encoding
 from experiments import lab
-from experiments.emotion_surgery import largest
 from model import KVCache
 
 PUBLISHED = "critical alpha about 18.4, scale not stated (464M, OpenWebText)"
@@ -154,16 +153,12 @@ def by_layer(alpha, statistic):
 
 def kl(base, other):
     """KL(base || other) of logits (n, V), (n,)."""
-    base, other = base.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (base.exp() * (base - other)).sum(-1).cpu().numpy()
+    return lab.kl(base.double().log_softmax(-1), other.double().log_softmax(-1)).cpu().numpy()
 
 
 def pick_targets(laboratory):
     """Whole words seen in training, as many from each quarter of the ranks of frequency, (TARGETS,)."""
-    known = laboratory.known_tokens()
-    texts = [encoding().decode([t]) for t in known]
-    known = known[[t[0] == " " and t[1:].isalpha() and len(t) > 3 for t in texts]]
-    parts = np.array_split(known, 4)
+    parts = np.array_split(laboratory.known_words(letters=3), 4)
     rng = laboratory.rng("targets")
     return np.concatenate([rng.permutation(part)[: TARGETS // 4] for part in parts])
 
@@ -192,7 +187,7 @@ def run(laboratory):
         return critical(subject, contexts["reflow"], targets, unit(v), middle)[0]
 
     def restricted(d):
-        return largest(d.codes[targets], min(k, len(d.atoms))) @ d.atoms
+        return lab.largest(d.codes[targets], min(k, len(d.atoms))) @ d.atoms
 
     native = alpha["reflow", middle]
     chance = {
@@ -202,7 +197,7 @@ def run(laboratory):
     }
     cut = {"native": at_middle(restricted(subject.dictionary))}
     cut |= {name: at_middle(restricted(d)) for name, d in laboratory.rivals(subject).items()}
-    turned = np.stack([at_middle(restricted(d)) for d in laboratory.rotations(subject)])
+    turned = np.stack([at_middle(restricted(d)) for d in laboratory.rotations(subject.dictionary)])
     report.claim(
         lab.effect(
             f"a token's direction, entering layer {middle} of {n_layer}, forces it at a smaller dose than"

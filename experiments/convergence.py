@@ -33,10 +33,12 @@ import json
 from collections import defaultdict
 
 import numpy as np
+import torch
 
 from configurator import UserError
 from experiments import lab
 from hardware import parameter_table
+from model import ModelConfig, ReFlow
 
 PUBLISHED = "about 3 % at 464M, about 1 % at 515M (OpenWebText)"
 COLOURS = {"factored": lab.COLOURS["native"], "dense": lab.COLOURS["baseline"], "topk": lab.COLOURS["ica"]}
@@ -63,7 +65,8 @@ def collect(runs):
     table = defaultdict(dict)
     for step, state in runs:
         m, seed = state["config"]["model"], state["config"]["train"]["seed"]
-        parameters = sum(dict(parameter_table(lab.empty_model(m))).values())
+        with torch.device("meta"):
+            parameters = sum(parameter_table(ReFlow(ModelConfig(**m))).values())
         size = f"{m['n_layer']}x{m['n_embd']}"
         table[m["vocab"], size][seed] = state["whole_val_loss"], parameters, step.parent
     return dict(table)

@@ -124,9 +124,7 @@ class Pairs:
             for side in ("clean", "corrupted")
         )
         self.lengths = [len(c) for c in clean]
-        longest = max(self.lengths)
-        pad = [[c + [0] * (longest - len(c)) for c in side] for side in (clean, corrupted)]
-        self.clean, self.corrupted = (torch.tensor(side, device=device) for side in pad)
+        self.clean, self.corrupted = (lab.padded(side, device) for side in (clean, corrupted))
         ids = [[encode(" " + p[side])[0] for p in pairs] for side in ("correct", "other")]
         self.correct, self.other = (torch.tensor(i, dtype=torch.long, device=device) for i in ids)
         self.last = torch.tensor(self.lengths, device=device) - 1
@@ -198,11 +196,6 @@ def lens_depth(kl):
     return np.where(above.any(1), kl.shape[1] - above[:, ::-1].argmax(1), 0)
 
 
-def array(x):
-    """x as float64 in numpy."""
-    return x.double().cpu().numpy()
-
-
 @torch.no_grad()
 def inject(laboratory, report, layers):
     """Held-out windows: ({(model or random, where, strength): change (n, layers)}, {model: KL (n, L)})."""
@@ -212,11 +205,11 @@ def inject(laboratory, report, layers):
     for s in laboratory.subjects:
         streams = torch.stack(lab.run_blocks(s.net, s.net.vocab.embed(x)), dim=1)[:, :, -1]  # (n, L, d)
         top, divergence = lens(s.net, streams)
-        tops[s.name], kl[s.name] = top[:, -1], array(divergence)
+        tops[s.name], kl[s.name] = top[:, -1], lab.array(divergence)
         report.row(f"lens depth, KL below {NAT} nat", lens_depth(kl[s.name]).mean(), model=s.name)
     # A window's target is a common token, drawn anew where it is a model's top token already.
     draws = laboratory.rng("targets").choice(laboratory.known_tokens()[:500], (len(x), 8))
-    taken = (draws[:, :, None] == np.stack([array(t) for t in tops.values()], 1)[:, None]).any(2)
+    taken = (draws[:, :, None] == np.stack([lab.array(t) for t in tops.values()], 1)[:, None]).any(2)
     target = torch.from_numpy(draws[np.arange(len(x)), taken.argmin(1)]).to(laboratory.device)
     generator = torch.Generator().manual_seed(laboratory.seed)
     noise = torch.randn(len(x), subject.E.size(1), generator=generator).to(laboratory.device)
@@ -227,7 +220,7 @@ def inject(laboratory, report, layers):
         strengths = STRENGTHS if name == "reflow" else (TESTED,)
         for where, swept in (("all", layers), ("last", range(len(s.net.blocks) + 1))):
             what = s.net, s.E, x, unit, target, tops[s.name], strengths, swept, where
-            before, after = map(array, injection(*what))  # (n,), (n, strengths, layers)
+            before, after = map(lab.array, injection(*what))  # (n,), (n, strengths, layers)
             for i, strength in enumerate(strengths):
                 moves[name, where, strength] = after[:, i] - before[:, None]
                 for layer, values in zip(swept, after[:, i].T, strict=True):
@@ -252,7 +245,7 @@ class Patching:
 
 def patch(subject, pairs, rng):
     """Recovery at the last token by layer, and where it crosses one half: a Patching."""
-    change, whole = map(array, last_recovery(subject.net, subject.E, pairs))  # (B, L), (B,)
+    change, whole = map(lab.array, last_recovery(subject.net, subject.E, pairs))  # (B, L), (B,)
     every = np.arange(change.shape[1])
     each = np.divide(change, whole[:, None], out=np.zeros_like(change), where=whole[:, None] != 0)
     curve, resampled = ratio(change, whole, rng)
@@ -296,7 +289,7 @@ def run(laboratory):
     fewer, maps = Pairs(texts[::3], None, *where), {}
     places = fewer.places()
     for s in subjects:
-        change = array(place_recovery(s.net, s.E, fewer, list(places.values()), layers))
+        change = lab.array(place_recovery(s.net, s.E, fewer, list(places.values()), layers))
         whole = found[s.name, "short"].whole[::3]
         maps[s.name] = np.stack([ratio(c.T, whole, rng, resamples=1)[0] for c in change])  # (places, layers)
         for place, values in zip(places, maps[s.name], strict=True):
@@ -345,7 +338,7 @@ def run(laboratory):
     most = int(np.abs(found["reflow", "short"].whole).argmax())
     example = Pairs([texts[most]], None, *where)
     at = torch.eye(example.clean.size(1), dtype=torch.bool, device=laboratory.device)[:, None]  # (T, 1, T)
-    grid = array(place_recovery(subject.net, subject.E, example, at, layers))[:, :, 0]  # (T, layers)
+    grid = lab.array(place_recovery(subject.net, subject.E, example, at, layers))[:, :, 0]  # (T, layers)
     map_figure(report, maps, grid / found["reflow", "short"].whole[most], example, layers)
     return report
 
@@ -362,21 +355,14 @@ def gallery(texts, found):
     return "\n".join(lines)
 
 
-def banded(ax, x, values, name, dash="o-", label=None):
-    """Mean of values (n, len(x)) over x with its 95 % interval."""
-    e = [lab.estimate(column, resamples=500) for column in values.T]
-    ax.plot(x, [i.value for i in e], dash, ms=3, color=lab.COLOURS[name], label=label)
-    ax.fill_between(x, [i.low for i in e], [i.high for i in e], color=lab.COLOURS[name], alpha=0.15, lw=0)
-
-
 def curve_figure(report, moves, found, kl, layers):
     plt = lab.pyplot()
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(12.5, 4.4), layout="constrained")
     for (name, where, strength), values in moves.items():
         if strength == TESTED and where == "all":
-            banded(a, layers, values, name, label=name)
+            lab.banded(a, layers, values, name, label=name)
         elif strength == TESTED:
-            banded(a, range(values.shape[1]), values, name, "o:")
+            lab.banded(a, range(values.shape[1]), values, name, "o:")
     a.plot([], [], "k-", label="all positions")
     a.plot([], [], "k:", label="last position")
     a.set(xlabel="layer of injection", ylabel="change of logit difference, nats")
@@ -389,7 +375,7 @@ def curve_figure(report, moves, found, kl, layers):
     b.axhline(0.5, color="k", lw=0.8)
     b.set(xlabel="layer patched at the last token", ylabel="recovery of the logit difference")
     for name, values in kl.items():
-        banded(c, range(values.shape[1]), values, name, label=name)
+        lab.banded(c, range(values.shape[1]), values, name, label=name)
     c.axhline(NAT, color="k", lw=0.8)
     c.set(xlabel="layer of the logit lens", ylabel="KL(final || lens), nats")
     c.set_yscale("symlog", linthresh=0.1)

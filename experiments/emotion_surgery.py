@@ -66,15 +66,10 @@ def word_pairs(laboratory, split, least=3):
     return torch.from_numpy(pairs).to(laboratory.device)
 
 
-def largest(codes, k):
-    """codes (..., S) with all but the k largest entries of each row (by size) set to zero."""
-    return codes * (codes.abs() >= codes.abs().topk(k, dim=-1).values[..., -1:])
-
-
 def direction(dictionary, pairs, k=None):
     """(mean code of pairs[0] - mean code of pairs[1]), its k largest entries (None: all), @ atoms, (d,)."""
     code = dictionary.codes[pairs[0]].mean(0) - dictionary.codes[pairs[1]].mean(0)  # (S,)
-    return (code if k is None else largest(code, k)) @ dictionary.atoms
+    return (code if k is None else lab.largest(code, k)) @ dictionary.atoms
 
 
 def diff_mean(net, prompts, pairs, layer):
@@ -121,9 +116,8 @@ def tilt(logits):
 def fluency(net, prompts, texts):
     """Continuations (lists of ids) of prompts judged by `net`: loss in nats, zlib ratio, distinct bigrams."""
     rows = [p + t for p, t in zip(prompts, texts, strict=True)]
-    width = max(map(len, rows))
-    idx = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=net.norm.weight.device)
-    at = torch.arange(1, width, device=idx.device)
+    idx = lab.padded(rows, net.norm.weight.device)
+    at = torch.arange(1, idx.size(1), device=idx.device)
     first, end = (torch.tensor([len(r) for r in part], device=idx.device) for part in (prompts, rows))
     new = (at >= first[:, None]) & (at < end[:, None])  # (B, width - 1)
     with torch.no_grad():
@@ -177,13 +171,10 @@ def judge(subject, prompts, v, layers, words, texts):
 def neutral_kl(net, x, v, layers, strengths):
     """{strength: KL(unsteered || steered) of the next token after each token of x (n, T), nats, (n * T,)}."""
 
-    def log_p():
-        return lab.logits(net, net.encode(x)).flatten(0, 1).double().log_softmax(-1)  # (n * T, n_tokens)
-
-    base, out = log_p(), {}
+    base, out = lab.log_p(net, net.encode(x)), {}  # (n, T, n_tokens)
     for s in strengths:
         with lab.steering(net, v, s, layers):
-            out[s] = (base.exp() * (base - log_p())).sum(-1).cpu().numpy()
+            out[s] = lab.kl(base, lab.log_p(net, net.encode(x))).flatten().cpu().numpy()
     return out
 
 
@@ -220,7 +211,7 @@ def run(laboratory):
         )
     random = [respond(subject, code @ subject.dictionary.atoms) for code in noise]
     shuffled = [respond(subject, direction(subject.dictionary, s.view_as(build))) for s in shuffles]
-    rotated = [respond(subject, direction(d, build, k)) for d in laboratory.rotations(subject)]
+    rotated = [respond(subject, direction(d, build, k)) for d in laboratory.rotations(subject.dictionary)]
 
     units = {name: by_word(y) for name, y in logits.items()}
     chance = {

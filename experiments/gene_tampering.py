@@ -43,7 +43,7 @@ import torch
 from configurator import UserError
 from data.tokenizer import encoding
 from experiments import lab
-from experiments.emotion_surgery import direction, fluency, largest, tilt, word_pairs
+from experiments.emotion_surgery import direction, fluency, tilt, word_pairs
 
 PUBLISHED = "edits of recipes flip sentiment everywhere, sentences stay grammatical (464M, OpenWebText)"
 TOKENS, CONTEXTS, LENGTH = 64, 2, 8  # edited tokens; contexts of each; their tokens
@@ -63,7 +63,7 @@ def edit(subject, rows, change, side="both"):
 def exchange(dictionary, old, new, k=None):
     """What turns rows `old` (n,) into `new`, (n, d); k: the largest entries of each code's change alone."""
     change = dictionary.codes[new] - dictionary.codes[old]  # (n, S)
-    return (change if k is None else largest(change, k)) @ dictionary.atoms
+    return (change if k is None else lab.largest(change, k)) @ dictionary.atoms
 
 
 def noise_like(dictionary, change, generator):
@@ -97,21 +97,16 @@ def said(net, texts, old, new):
     return odds.double().cpu().numpy()
 
 
-def log_p(net, h):
-    """h (..., d) -> log-probabilities (..., n_tokens), fp64."""
-    return lab.logits(net, h).double().log_softmax(-1)
-
-
 @torch.no_grad()
 def follow(net, texts):
     """log_p of what follows the first context of each token, texts (n, C, T + 1) -> (n, n_tokens)."""
-    return log_p(net, net.encode(texts[:, 0])[:, -1])
+    return lab.log_p(net, net.encode(texts[:, 0])[:, -1])
 
 
 @torch.no_grad()
 def log_p_old(net, texts, old):
     """Log-probability of `old` (n,) where texts (n, C, T + 1) end in it, (n, C)."""
-    p = log_p(net, net.encode(texts[..., :-1].flatten(0, 1))[:, -1])  # (n * C, n_tokens)
+    p = lab.log_p(net, net.encode(texts[..., :-1].flatten(0, 1))[:, -1])  # (n * C, n_tokens)
     return p.gather(1, old.repeat_interleave(texts.shape[1])[:, None]).view(texts.shape[:2]).cpu().numpy()
 
 
@@ -126,10 +121,9 @@ def meant(aim, before, after):
 @torch.no_grad()
 def damage(edited, x, y, base):
     """Loss added and KL(before || after) at each token of x, y (n, T), (n, T) each; base: log_p before."""
-    now = log_p(edited, edited.encode(x))
-    kl = (base.exp() * (base - now)).sum(-1)
+    now = lab.log_p(edited, edited.encode(x))
     gather = [p.gather(-1, y[..., None])[..., 0] for p in (base, now)]
-    return gather[0] - gather[1], kl
+    return gather[0] - gather[1], lab.kl(base, now)
 
 
 @torch.no_grad()
@@ -146,8 +140,7 @@ def run(laboratory):
     prompts = [encode(t) for t in probe["templates"]["test"]]
     build, words = word_pairs(laboratory, "build"), word_pairs(laboratory, "held_out")
     known = laboratory.known_tokens()
-    texts = [encoding().decode([t]) for t in known]
-    eligible = known[[t[0] == " " and t[1:].isalpha() for t in texts]]
+    eligible = laboratory.known_words(letters=1)
     sentiment = torch.cat([build, words], 1).flatten().cpu().numpy()
     eligible = eligible[~np.isin(eligible, sentiment)]  # so that edits of words cannot tilt by renaming these
     tokens, contexts = find_contexts(
@@ -177,7 +170,8 @@ def run(laboratory):
     cut = {"native": gain(subject, exchange(subject.dictionary, old, new, k))}
     for name, d in laboratory.rivals(subject).items():
         cut[name] = gain(subject, exchange(d, old, new, min(k, len(d.atoms))))
-    turned = np.stack([gain(subject, exchange(d, old, new, k)) for d in laboratory.rotations(subject)])
+    spins = laboratory.rotations(subject.dictionary)
+    turned = np.stack([gain(subject, exchange(d, old, new, k)) for d in spins])
     if laboratory.baseline:
         d = laboratory.baseline.dictionary
         cut["baseline"] = gain(laboratory.baseline, exchange(d, old, new, len(d.atoms) // 8))
@@ -239,7 +233,7 @@ def run(laboratory):
     for s in (s for s in laboratory.subjects if s.name != "step 0"):
         net = plain[s.name]
         with torch.no_grad():
-            base = log_p(net, net.encode(x))
+            base = lab.log_p(net, net.encode(x))
         renamed = torch.cat([contexts[:, :, :-1], new.expand(CONTEXTS, -1).T[..., None]], 2)
         aim, after_old = follow(net, renamed), follow(net, contexts)
         tilt_before = tilt(responses(net, prompts, words)).mean()
@@ -262,9 +256,7 @@ def run(laboratory):
                     "meant, nats": meant(aim, after_old, follow(edited, contexts)).mean().item(),
                     "tilt, nats": tilt(responses(edited, prompts, words)).mean() - tilt_before,
                 }
-                if (
-                    name == "zero"
-                ):  # two zero rows have equal logits: what counts is their loss of probability
+                if name == "zero":  # two zero rows have equal logits: what counts is what they lose
                     drop = log_p_old(net, contexts, old) - log_p_old(edited, contexts, old)
                     del found["efficacy"], found["paraphrase"], found["said, nats"], found["meant, nats"]
                     found["log p lost"] = drop.mean()
@@ -343,7 +335,7 @@ def figures(report, table, gains, cut, turned, pairs):
     for i, (name, values) in enumerate(bars.items()):
         m = lab.estimate(values, pairs)
         colour = lab.COLOURS[colours.get(name, name.removeprefix(few))]
-        right.barh(i, m.value, color=colour, xerr=[[m.value - m.low], [m.high - m.value]], capsize=2)
+        right.barh(i, m.value, color=colour, xerr=m.bars, capsize=2)
     right.plot(turned.mean(1), np.full(len(turned), len(bars)), ".", color=lab.COLOURS["rotated"])
     right.set_yticks(range(len(bars) + 1), [*bars, few + "rotated"])
     right.invert_yaxis()

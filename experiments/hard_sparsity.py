@@ -36,8 +36,8 @@ import checkpoint
 from configurator import UserError
 from experiments import lab
 from experiments.convergence import below, collect, t_interval
-from experiments.nearest_neighbors import chance, cosines, precision, whole_words
-from experiments.semantic_algebra import QUESTIONS, build, ranks
+from experiments.nearest_neighbors import chance, cosines, precision
+from experiments.semantic_algebra import CANDIDATES, QUESTIONS, build, ranks
 
 PUBLISHED = "cosine 0.76 to 0.30, analogies 3/3 to 0/3, silhouette -0.02 (464M, OpenWebText, Top-64)"
 
@@ -49,9 +49,7 @@ class HardSparsityConfig:
 
 def positive_top(dictionary, k):
     """The codes (V, S) with only the k largest positive entries of each row, as ReLU and top-k keep them."""
-    codes = dictionary.codes.clamp(min=0)
-    values, index = codes.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(codes).scatter(1, index, values)
+    return lab.largest(dictionary.codes.clamp(min=0), k)
 
 
 def meaning(codes, words, labels, questions, pool):
@@ -81,7 +79,7 @@ def run(runs, folder):
     categories = room.categories()
     words = torch.tensor([i for ids in categories.values() for i in ids], device=room.device)
     labels = np.repeat(list(categories), [len(ids) for ids in categories.values()])
-    pool = whole_words(room, 10_000)
+    pool = room.known_words()[:CANDIDATES]
     place = {int(t): i for i, t in enumerate(pool)}
     relations = {name: r["pairs"] for name, r in room.probe("analogies").items()}
     questions, target, _ = build(
@@ -94,8 +92,7 @@ def run(runs, folder):
     for seed, folders in pairs.items():
         subjects = {}
         for kind, run_folder in folders.items():
-            net, state = checkpoint.load_model(checkpoint.newest_whole(run_folder)[0], room.device)
-            subjects[kind] = lab.Subject(kind, net.float(), state["whole_val_loss"])
+            subjects[kind], _ = lab.open_subject(kind, checkpoint.newest_whole(run_folder)[0], room.device)
             codes = subjects[kind].dictionary.codes
             found[kind].append(
                 meaning(codes, words, labels, questions, torch.as_tensor(pool).to(room.device))
@@ -105,7 +102,7 @@ def run(runs, folder):
         k, d = subjects["topk"].net.config.top_k, subjects["factored"].dictionary
         nets = {
             "trained": subjects["topk"].net,
-            "by size": lab.with_matrix(subjects["factored"].net, d.top(k) @ d.atoms),
+            "by size": lab.with_matrix(subjects["factored"].net, lab.largest(d.codes, k) @ d.atoms),
             "positive": lab.with_matrix(subjects["factored"].net, positive_top(d, k) @ d.atoms),
         }
         for name, net in nets.items():

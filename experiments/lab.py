@@ -76,10 +76,11 @@ class Dictionary:
         length = self.atoms.norm(dim=1)  # (S,)
         self.codes, self.atoms = self.codes * length, self.atoms / length.clamp(min=1e-30)[:, None]
 
-    def top(self, k):
-        """The codes with all but each row's k largest (by size) set to zero, (V, S)."""
-        index = self.codes.abs().topk(k, dim=1, sorted=False).indices
-        return torch.zeros_like(self.codes).scatter(1, index, self.codes.gather(1, index))
+
+def largest(codes, k):
+    """codes (..., S) with all but the k largest (by size) of each row set to zero."""
+    index = codes.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(codes).scatter(-1, index, codes.gather(-1, index))
 
 
 def native(net):
@@ -195,6 +196,13 @@ class Subject:
         return self.dictionary.codes @ self.dictionary.atoms
 
 
+def open_subject(name, step, device):
+    """(Subject, state) of a checkpoint folder, in fp32. Raises UserError."""
+    net, state = checkpoint.load_model(step, device)
+    loss = state.get("whole_val_loss") or state.get("val_loss")
+    return Subject(name, net.float(), loss, step=step), state
+
+
 def newest_with_signals(out="out"):
     """The checkpoint folder of the newest run under `out` that is no plain GPT, else of the newest."""
     newest = sorted(Path(out).glob("*/latest"), key=os.path.getmtime, reverse=True)
@@ -220,9 +228,8 @@ class Lab:
         keep_freed_memory()
         self.step = checkpoint.find(config.run) if config.run else newest_with_signals()
         self.folder, self.results = self.step.parent, results_folder(config.run, self.step)
-        net, self.state = checkpoint.load_model(self.step, self.device)
-        loss = self.state.get("whole_val_loss") or self.state.get("val_loss")
-        self.reflow = Subject("reflow", net.float(), loss, step=self.step)
+        self.reflow, self.state = open_subject("reflow", self.step, self.device)
+        self._rivals = {}  # name of a subject -> its PCA and ICA
 
     @functools.cached_property
     def baseline(self):
@@ -236,9 +243,7 @@ class Lab:
                 "no baseline beside this run: train one, for example: python train.py config/gpt2_new_nano.py"
             )
             return None
-        net, state = checkpoint.load_model(step, self.device)
-        loss = state.get("whole_val_loss") or state.get("val_loss")
-        return Subject("baseline", net.float(), loss, step=step)
+        return open_subject("baseline", step, self.device)[0]
 
     def _find_baseline(self):
         """The newest dense run in the same folder with the same backbone, data and number of steps."""
@@ -265,8 +270,7 @@ class Lab:
         train = self.state["config"].get("train", {})
         untrained = not train.get("init_from") and not train.get("imported_from")  # else step 0 knows a lot
         if untrained and (self.folder / "step_000000").is_dir() and self.step.name != "step_000000":
-            net, state = checkpoint.load_model(self.folder / "step_000000", self.device)
-            return Subject("step 0", net.float(), state.get("val_loss"))
+            return open_subject("step 0", self.folder / "step_000000", self.device)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = ReFlow(ModelConfig(**self.state["config"]["model"]))
@@ -303,22 +307,18 @@ class Lab:
 
     # -- dictionaries of a subject ------------------------------------------------------------------
 
-    def rotations(self, subject, n=ROTATIONS):
-        """n random rotations of the subject's dictionary, the same for every experiment, one at a time."""
-        for i in range(n):
-            generator = torch.Generator().manual_seed(self.seed * 1000 + i)
-            yield rotated(subject.dictionary, generator)
+    def rotations(self, dictionary, change=rotated):
+        """19 random rotations (or another `change`) of a dictionary, the same everywhere, one at a time."""
+        for i in range(ROTATIONS):
+            yield change(dictionary, torch.Generator().manual_seed(self.seed * 1000 + i))
 
     def rivals(self, subject):
         """{"pca": Dictionary, "ica": Dictionary} of the subject's E, fitted to tokens seen in training."""
-        if not hasattr(subject, "_rivals"):
-            order = np.argsort(-self.counts, kind="stable")
-            fit = order[
-                : max(len(self.known_tokens()), 4 * subject.E.size(1))
-            ]  # enough even after a few steps
-            fit = torch.from_numpy(fit).to(self.device)
-            subject._rivals = {"pca": pca(subject.E, fit), "ica": ica(subject.E, fit, self.seed)}
-        return subject._rivals
+        if subject.name not in self._rivals:
+            enough = max(len(self.known_tokens()), 4 * subject.E.size(1))  # even after a few steps
+            fit = torch.from_numpy(self.by_count[:enough]).to(self.device)
+            self._rivals[subject.name] = {"pca": pca(subject.E, fit), "ica": ica(subject.E, fit, self.seed)}
+        return self._rivals[subject.name]
 
     # -- words and text -----------------------------------------------------------------------------
 
@@ -353,10 +353,20 @@ class Lab:
             counts += np.bincount(y[: seen - i].flatten().numpy(), minlength=len(counts))[: len(counts)]
         return counts
 
+    @functools.cached_property
+    def by_count(self):
+        """All token ids, the most frequent in training first, (n_tokens,)."""
+        return np.argsort(-self.counts, kind="stable")
+
     def known_tokens(self, least=5):
         """Ids of the tokens seen at least `least` times in training, most frequent first, (n,)."""
-        order = np.argsort(-self.counts, kind="stable")
-        return order[self.counts[order] >= least]
+        return self.by_count[self.counts[self.by_count] >= least]
+
+    def known_words(self, letters=2):
+        """Those known tokens that are a space and at least so many letters, most frequent first, (n,)."""
+        known = self.known_tokens()
+        texts = [encoding().decode([t]) for t in known]
+        return known[[t[0] == " " and t[1:].isalpha() and len(t) > letters for t in texts]]
 
     def known(self, word, least=5):
         """The id of " word" if it is one token, seen at least `least` times in training; else None."""
@@ -416,10 +426,15 @@ class Study:
 # Running a model
 
 
-def empty_model(shape):
-    """A ReFlow of a configuration dict on the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        return ReFlow(ModelConfig(**shape))
+def array(x):
+    """A tensor as float64 in numpy."""
+    return x.double().cpu().numpy()
+
+
+def padded(rows, device):
+    """Rows of ids of any lengths as a tensor (n, longest), filled on the right, where causality hides it."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows], device=device)
 
 
 def show(token):
@@ -445,6 +460,16 @@ def logits(net, h):
     return F.linear(net.vocab.signals(h), net.vocab.recipes()[: net.config.n_tokens])
 
 
+def log_p(net, h):
+    """h (..., d), normalised -> log-probabilities (..., n_tokens) in float64."""
+    return logits(net, h).double().log_softmax(-1)
+
+
+def kl(base, other):
+    """KL(base || other), nats, of log-probabilities (..., n_tokens), (...)."""
+    return (base.exp() * (base - other)).sum(-1)
+
+
 @torch.no_grad()
 def read_out(net, x):
     """Residual stream x (..., d) -> logits (..., n_tokens) fp32 through the final norm: the logit lens."""
@@ -457,12 +482,8 @@ def last_hidden(net, prompts, batch=64):
     out = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
-        lengths = torch.tensor([len(p) for p in part])
-        # Padded on the right, where causality hides it.
-        idx = torch.tensor(
-            [list(p) + [0] * (int(lengths.max()) - len(p)) for p in part], device=net.norm.weight.device
-        )
-        out.append(net.encode(idx)[torch.arange(len(part)), lengths - 1])
+        last = torch.tensor([len(p) - 1 for p in part])
+        out.append(net.encode(padded(part, net.norm.weight.device))[torch.arange(len(part)), last])
     return torch.cat(out)
 
 
@@ -518,6 +539,11 @@ class Estimate:
 
     def __str__(self):
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    @property
+    def bars(self):
+        """The interval as matplotlib's error bars want it."""
+        return [[self.value - self.low], [self.high - self.value]]
 
 
 def estimate(values, groups=None, resamples=2000, seed=0):
@@ -614,9 +640,7 @@ def signals(
     else:
         also = f"; {against.reason}" if rivals else ""
         verdict, reason = "supported", f"beats {others} (p = {p:.2f}){also}"
-    spread = Estimate(
-        float(means.mean()), float(means.min()), float(means.max())
-    )  # over the K, not over units
+    spread = Estimate(*map(float, (means.mean(), means.min(), means.max())))  # over the K, not over units
     controls = {f"{others} (range)": spread, **against.controls}
     return Claim(claim, "signals", verdict, reason, unit, against.n, against.measured, controls, published)
 
@@ -660,6 +684,13 @@ def pyplot():
         | {"legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 150, "axes.titlesize": 9}
     )
     return plt
+
+
+def banded(ax, x, values, name, dash="o-", label=None):
+    """Draw the mean of values (n, len(x)) over x with its 95 % interval."""
+    band = [estimate(column, resamples=500) for column in values.T]
+    ax.plot(x, [e.value for e in band], dash, ms=3, color=COLOURS[name], label=label)
+    ax.fill_between(x, [e.low for e in band], [e.high for e in band], color=COLOURS[name], alpha=0.15, lw=0)
 
 
 class Report:

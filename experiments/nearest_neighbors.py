@@ -39,7 +39,6 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, skew, spearmanr
 
-from data.tokenizer import encoding
 from experiments import lab
 
 PUBLISHED = "all top-20 pairs valid; three-four 0.76, king-queen 0.54 (464M, OpenWebText)"
@@ -53,14 +52,6 @@ class NearestNeighborsConfig:
 
 
 # -- words and spaces, shared with semantic_clusters.py and semantic_algebra.py
-
-
-def whole_words(laboratory, most, least=5):
-    """Ids of the `most` most frequent tokens that are " " and lower- or upper-case letters, (n,)."""
-    names = encoding().decode_single_token_bytes
-    known = (int(t) for t in laboratory.known_tokens(least))
-    words = (t for t in known if (b := names(t))[:1] == b" " and b[1:].isalpha() and len(b) > 2)
-    return np.array([t for t, _ in zip(words, range(most), strict=False)])
 
 
 def spaces(laboratory, tokens):
@@ -80,8 +71,7 @@ def gauges(laboratory, tokens):
     """Codes (n, S) of `tokens` after 19 random non-orthogonal changes of signals, one at a time."""
     d = laboratory.reflow.dictionary
     part = lab.Dictionary("native", d.codes[torch.as_tensor(tokens).to(d.codes.device)], d.atoms)
-    for i in range(lab.ROTATIONS):
-        yield lab.skewed(part, torch.Generator().manual_seed(laboratory.seed * 1000 + i)).codes
+    return (skewed.codes for skewed in laboratory.rotations(part, lab.skewed))
 
 
 def cosines(codes, mean=0.0):
@@ -154,7 +144,7 @@ def run(laboratory, c=None):
     labels = np.repeat(np.arange(len(categories)), [len(ids) for ids in categories.values()])
     plurals = laboratory.probe("analogies")["singular_plural"]["pairs"]
     barred = share_stem([lab.show(t).strip() for t in labelled], plurals)
-    n, pool = len(labelled), whole_words(laboratory, POOL)
+    n, pool = len(labelled), laboratory.known_words()[:POOL]
     codes = spaces(laboratory, np.append(labelled, pool))
     means = {name: x[n:].mean(0) for name, x in codes.items()}
 
@@ -272,8 +262,7 @@ def figures(report, labels, measured, apart, skewed, cosine, barred):
         for values, marker, shift in ((measured[name], "o", -0.14), (apart[name], "s", 0.14)):
             e = lab.estimate(values, labels)
             filled = colour if marker == "o" else "white"
-            span = [[e.value - e.low], [e.high - e.value]]
-            left.errorbar(e.value, y + shift, xerr=span, fmt=marker, color=colour, mfc=filled, ms=5)
+            left.errorbar(e.value, y + shift, xerr=e.bars, fmt=marker, color=colour, mfc=filled, ms=5)
     left.axvline(chance(labels).mean(), color="k", ls=":", lw=1)
     left.set_yticks(range(len(rows)), rows)
     left.invert_yaxis()

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import lab
-from experiments.nearest_neighbors import gauges, spaces, whole_words
+from experiments.nearest_neighbors import gauges, spaces
 
 PUBLISHED = "3 of 3 examples: queen and ran at rank 1, Beijing at rank 2 (464M, OpenWebText)"
 QUESTIONS, CANDIDATES = 600, 10_000
@@ -103,7 +103,7 @@ def measures(rank):
 
 def run(laboratory):
     report = lab.Report(laboratory, "semantic_algebra")
-    pool = whole_words(laboratory, CANDIDATES)
+    pool = laboratory.known_words()[:CANDIDATES]
     place = {int(t): i for i, t in enumerate(pool)}
 
     def known(word):
@@ -212,8 +212,7 @@ def figures(report, found, skewed, target, relation):
 
     def dot(axis, y, rank, groups, colour, marker="o"):
         e = lab.estimate(1 / rank, groups, resamples=500)
-        span = [[e.value - e.low], [e.high - e.value]]
-        axis.errorbar(e.value, y, xerr=span, fmt=marker, color=colour, ms=5, capsize=2)
+        axis.errorbar(e.value, y, xerr=e.bars, fmt=marker, color=colour, ms=5, capsize=2)
 
     bars = {name: (found[name]["3CosAdd"], lab.COLOURS.get(name, "k")) for name in found}
     bars |= {f"native, {m}": (found["native"][m], "k") for m in METHODS[1:]}

@@ -40,7 +40,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import v_measure_score
 
 from experiments import lab
-from experiments.nearest_neighbors import POOL, cosines, gauges, spaces, whole_words
+from experiments.nearest_neighbors import POOL, cosines, gauges, spaces
 
 PUBLISHED = "silhouette 0.105, space, distance and labels not stated (464M, OpenWebText)"
 PERMUTATIONS = 99
@@ -105,7 +105,7 @@ def run(laboratory):
     names = list(categories)
     words = np.array([t for ids in categories.values() for t in ids])
     labels = np.repeat(np.arange(len(names)), [len(ids) for ids in categories.values()])
-    n, tokens = len(words), np.append(words, whole_words(laboratory, POOL))
+    n, tokens = len(words), np.append(words, laboratory.known_words()[:POOL])
     permuted = np.stack([rng.permutation(labels) for _ in range(PERMUTATIONS)])  # (P, n)
     raw, null = {}, {}
 

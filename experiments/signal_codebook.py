@@ -128,7 +128,7 @@ def run(laboratory):
     def codes_of(dictionary, tokens=ids):
         return dictionary.codes[tokens].double().cpu().numpy()  # (n, S)
 
-    spins = list(laboratory.rotations(subject))
+    spins = list(laboratory.rotations(subject.dictionary))
     dictionaries = {"native": subject.dictionary, **laboratory.rivals(subject)}
     dictionaries |= {"step 0": laboratory.step0.dictionary, "shuffled": laboratory.shuffled.dictionary}
     dictionaries["E"] = lab.Dictionary("E", subject.E, subject.E.new_ones(subject.E.size(1)).diag())

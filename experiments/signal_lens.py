@@ -80,12 +80,12 @@ def streams_of(parts):
 
 def lens(net, streams):
     """Logit lens of streams (n, L, d): top tokens (n, L), and KL(last || each) in nats, float64 (n, L)."""
-    final = lab.read_out(net, streams[:, -1]).double().log_softmax(-1)  # (n, V)
-    p, top, kl = final.exp(), [], []
+    final = lab.log_p(net, net.norm(streams[:, -1]))  # (n, V)
+    top, kl = [], []
     for layer in range(streams.size(1)):  # one layer's logits at a time
         logits = lab.read_out(net, streams[:, layer])
         top.append(logits.argmax(-1))
-        kl.append((p * (final - logits.double().log_softmax(-1))).sum(-1))
+        kl.append(lab.kl(final, logits.double().log_softmax(-1)))
     return torch.stack(top, 1), torch.stack(kl, 1)
 
 
@@ -110,11 +110,6 @@ def writers(contributions):
     return torch.einsum("ncs,ns->cs", centred, whole) / whole.pow(2).sum(0).clamp(min=1e-30)
 
 
-def array(x):
-    """x as float64 in numpy."""
-    return x.double().cpu().numpy()
-
-
 @torch.no_grad()
 def run(laboratory):
     report = lab.Report(laboratory, "signal_lens")
@@ -129,9 +124,9 @@ def run(laboratory):
         parts = written(s.net, x)
         streams = streams_of(parts)
         top, kl = lens(s.net, streams)
-        same = array(top == top[:, -1:])  # (n, L)
+        same = lab.array(top == top[:, -1:])  # (n, L)
         gained[s.name] = same[:, half] - same[:, 0]
-        curves[s.name], agreement[s.name] = array(kl), same
+        curves[s.name], agreement[s.name] = lab.array(kl), same
         seen[s.name] = parts, streams, top
         for layer in range(n_layer + 1):
             report.row("agreement with the final top token", same[:, layer].mean(), model=s.name, layer=layer)
@@ -139,7 +134,7 @@ def run(laboratory):
 
     parts, streams, tops = seen["reflow"]
     tokens, own_parts = tops[:, -1], parts.double()
-    shuffled = array(tops == tokens[other, None])
+    shuffled = lab.array(tops == tokens[other, None])
     gained["another context"] = shuffled[:, half] - shuffled[:, 0]
 
     report.claim(
@@ -153,16 +148,16 @@ def run(laboratory):
     )
 
     dictionaries = {"native": subject.dictionary, **laboratory.rivals(subject)}
-    dictionaries |= {f"rotated {i}": d for i, d in enumerate(laboratory.rotations(subject))}
+    dictionaries |= {f"rotated {i}": d for i, d in enumerate(laboratory.rotations(subject.dictionary))}
     early, share = {}, {}
     frozen = frozen_norm(subject.net, own_parts).float()  # (n, C, d), once for all dictionaries
     for name, d in dictionaries.items():
-        early[name] = array(overlap(subject.net, streams, tokens, d, TOP))  # (n, L)
-        share[name] = array(largest_share(frozen @ d.atoms.T))
+        early[name] = lab.array(overlap(subject.net, streams, tokens, d, TOP))  # (n, L)
+        share[name] = lab.array(largest_share(frozen @ d.atoms.T))
     if laboratory.baseline:
         base, (parts, plain, top) = laboratory.baseline, seen["baseline"]
-        early["baseline"] = array(overlap(base.net, plain, top[:, -1], base.dictionary, TOP))
-        share["baseline"] = array(largest_share(attribution(base.net, parts, base.dictionary)))
+        early["baseline"] = lab.array(overlap(base.net, plain, top[:, -1], base.dictionary, TOP))
+        share["baseline"] = lab.array(largest_share(attribution(base.net, parts, base.dictionary)))
     for name, values in early.items():
         for layer in range(n_layer + 1):
             report.row(f"overlap@{TOP} with final", values[:, layer].mean(), dictionary=name, layer=layer)
@@ -190,7 +185,7 @@ def run(laboratory):
     whole = contributions.sum(1)  # (n, S)
     summed = (whole * subject.dictionary.codes[tokens].double()).sum(1)
     logit = lab.read_out(subject.net, streams[:, -1]).gather(1, tokens[:, None])[:, 0].double()
-    by_writer = array(writers(contributions))  # (C, S)
+    by_writer = lab.array(writers(contributions))  # (C, S)
     names = names_of(subject.net)
     for s in range(by_writer.shape[1]):
         for c, name in enumerate(names):
@@ -236,12 +231,7 @@ def figures(report, agreement, curves, early, by_writer, names, half):
         (axes[0, 1], curves, "KL(final || lens), nats"),
     ):
         for name, v in values.items():
-            band = [lab.estimate(column) for column in v.T]
-            ax.plot([e.value for e in band], "o-", ms=3, color=lab.COLOURS[name], label=name)
-            ax.fill_between(
-                range(len(band)), [e.low for e in band], [e.high for e in band],
-                color=lab.COLOURS[name], alpha=0.2, lw=0,
-            )  # fmt: skip
+            lab.banded(ax, range(v.shape[1]), v, name, label=name)
         ax.set(xlabel="blocks before the lens", ylabel=label)
         ax.legend()
     axes[0, 1].set_yscale("symlog", linthresh=0.01)

@@ -67,7 +67,8 @@ def run(laboratory):
 
     own = rows_of(subject.dictionary)
     rivals = {name: rows_of(d) for name, d in laboratory.rivals(subject).items()}
-    turned = [rows_of(d) for d in laboratory.rotations(subject)]
+    spins = list(laboratory.rotations(subject.dictionary))
+    turned = [rows_of(d) for d in spins]
     rng = laboratory.rng("nulls")
     nulls = {
         "gaussian": rng.standard_normal(own.shape),
@@ -114,7 +115,7 @@ def run(laboratory):
     groups = np.repeat(np.arange(len(x)), x.size(1))
 
     def loss(dictionary, k):
-        net = lab.with_matrix(subject.net, dictionary.top(k) @ dictionary.atoms)
+        net = lab.with_matrix(subject.net, lab.largest(dictionary.codes, k) @ dictionary.atoms)
         return lab.token_losses(net, x, y).flatten().cpu().numpy()
 
     n_signals = len(subject.dictionary.atoms)
@@ -123,7 +124,6 @@ def run(laboratory):
     curves = {}
     for name, d in {"native": subject.dictionary, **laboratory.rivals(subject)}.items():
         curves[name] = {k: loss(d, min(k, len(d.atoms))) - whole for k in ks}
-    spins = list(laboratory.rotations(subject))
     rotated = np.stack([loss(d, test_k) - whole for d in spins])
     curves["rotated"] = {
         k: np.mean([loss(d, k) - whole for d in spins[:2]], axis=0) for k in ks if k != test_k

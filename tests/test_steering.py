@@ -290,7 +290,7 @@ def test_a_swap_at_the_output_exchanges_logits_and_at_the_input_renames(labs):
 def test_no_edit_does_no_damage():
     subject = lab.Subject("seed", tiny(2), None)
     plain, x = lab.with_matrix(subject.net, subject.E), torch.arange(12).view(2, 6)
-    base = gene_tampering.log_p(plain, plain.encode(x))
+    base = lab.log_p(plain, plain.encode(x))
     rows, none = torch.tensor([50, 60]), torch.zeros(2, 16)
     loss, kl = gene_tampering.damage(gene_tampering.edit(subject, rows, none), x, x, base)
     assert loss.abs().max() < 1e-6 and kl.abs().max() < 1e-6
