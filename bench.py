@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent
@@ -47,10 +47,6 @@ class BenchConfig:
     row: str = ""  # internal: measure this row in this process and print it as JSON
 
 
-def median(values):
-    return statistics.median(values)
-
-
 def timed(f, seconds, least=3):
     """Median time of f() in seconds, after one call to warm up, over at least `least` calls and `seconds`."""
     f()
@@ -68,9 +64,8 @@ def peak_gib():
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def setup(c):
@@ -94,7 +89,7 @@ def train_row(c, kind):
     """Tokens a second of whole training steps (forward, backward, clipping, AdamW) and the peak memory."""
     import torch
 
-    import model as reflow
+    from model import N_TOKENS, ReFlow
     from train import TrainConfig, make_optimizer
 
     m, device, dtype = setup(c)
@@ -102,7 +97,7 @@ def train_row(c, kind):
     if kind == "dense":
         m = replace(m, vocab="dense", n_signal=None)
     torch.manual_seed(0)
-    net = llama(m) if kind == "llama" else reflow.ReFlow(m)
+    net = llama(m) if kind == "llama" else ReFlow(m)
     net.to(device).train()
     if kind == "E built each step":
         build_each_step(net)
@@ -111,7 +106,7 @@ def train_row(c, kind):
         net.vocab.loss = lambda h, y, scale: torch.nn.functional.cross_entropy(net.vocab.logits(h).float(), y)
     optimizer = make_optimizer(net, TrainConfig(out_dir=""), device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    x = torch.randint(50257, (c.batch_size, c.length + 1), device=device)
+    x = torch.randint(N_TOKENS, (c.batch_size, c.length + 1), device=device)
 
     def step():
         with autocast:
@@ -144,21 +139,12 @@ def build_each_step(net):
 
 def llama(m):
     """transformers' Llama of the same shape, E one tied matrix."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=m.vocab_size,
-            hidden_size=m.n_embd,
-            intermediate_size=m.hidden,
-            num_hidden_layers=m.n_layer,
-            num_attention_heads=m.n_head,
-            num_key_value_heads=m.kv_heads,
-            max_position_embeddings=m.block_size,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    )
+    from export import llama_config
+
+    return LlamaForCausalLM(LlamaConfig(**llama_config(m, torch.float32), use_cache=False))
 
 
 def products(m, tokens, chunk):
@@ -219,14 +205,14 @@ def loss_row(c, kind):
     """Memory of head and loss alone, forward and backward, and their error: "tokens, chunk"."""
     import torch
 
-    from model import ReFlow
+    from model import N_TOKENS, ReFlow
 
     m, device, dtype = setup(c)
     tokens, chunk = map(int, kind.split(", "))
     net = ReFlow(replace(m, n_layer=1)).to(device)
     net.vocab.chunk = chunk
     h = torch.randn(tokens, m.n_embd, device=device, requires_grad=True)
-    y = torch.randint(50257, (tokens,), device=device)
+    y = torch.randint(N_TOKENS, (tokens,), device=device)
     before = peak_gib()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = net.vocab.loss(h, y)
@@ -262,13 +248,13 @@ def sample_row(c, kind):
     """Greedy tokens a second: "cached 1" and "llama 1" after a prompt of 16, "uncached 1" at 512 tokens."""
     import torch
 
-    from model import ReFlow
+    from model import N_TOKENS, ReFlow
 
     m, device, dtype = setup(c)
     how, batch = kind.split()
     batch, new = int(batch), 64
     torch.manual_seed(0)
-    prompt = torch.randint(50257, (16,)).tolist()
+    prompt = torch.randint(N_TOKENS, (16,)).tolist()
     if how == "llama":
         net = llama(m).to(device, dtype).eval()
         ids = torch.tensor([prompt] * batch, device=device)
@@ -278,7 +264,7 @@ def sample_row(c, kind):
     else:
         net = ReFlow(m).to(device, dtype).eval()
         if how == "uncached":
-            prompt, new = torch.randint(50257, (min(512, m.block_size - 8),)).tolist(), 4
+            prompt, new = torch.randint(N_TOKENS, (min(512, m.block_size - 8),)).tolist(), 4
         settings = {"temperature": 0, "use_cache": how == "cached"}
         seconds = timed(lambda: net.generate([prompt] * batch, new, **settings), 5.0, least=2)
     weights = sum(p.numel() for p in net.parameters()) * torch.finfo(dtype).bits // 8
@@ -322,15 +308,9 @@ def start_row(c, kind):
 
 def data_row(c, kind):
     """Preparation against raw tiktoken on the same text, MB/s; a training batch's time in the loader."""
-    import importlib.util
-
     from data.shards import Dataset
-    from data.tokenizer import encoding
-
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/openwebtext/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
     from data.sotu.prepare import speeches
+    from data.tokenizer import encoding
 
     texts = [path.read_text(encoding="utf-8") for path in speeches()]
     size = sum(len(t.encode()) for t in texts) / 1e6
@@ -360,10 +340,11 @@ def experiments_row(c, kind):
 
     from experiments import lab
     from experiments.ablate_signal import output_side, strongest
+    from model import N_TOKENS
 
     _, device, _ = setup(c)
     torch.manual_seed(0)
-    V, S, n = 50257, 1024, 200 if kind == "closed form" else 2
+    V, S, n = N_TOKENS, 1024, 200 if kind == "closed form" else 2
     d = lab.Dictionary("native", torch.randn(V, S, device=device), torch.eye(S, device=device))
     h = torch.randn(n, S, device=device) / 32
     z = h @ d.codes.T

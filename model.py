@@ -128,12 +128,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += ((lse - logits.gather(1, y)) * valid).sum()
             if with_grad:
                 p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
-                g = torch.mul(p, valid * (grad_scale / n_valid), out=logits)
-                torch.mm(g, weight, out=grad_z[start : start + chunk])
-                if z.dtype == exact:
-                    grad_codes.addmm_(g.T, z_c)
-                else:
-                    grad_codes += g.T @ z_c
+                g, scale = grad_z[start : start + chunk], valid * (grad_scale / n_valid)  # (C, 1)
+                if z.dtype == exact:  # scale the narrow factors, not V columns
+                    torch.mm(p, weight, out=g).mul_(scale)
+                    grad_codes.addmm_(p.T, z_c * scale)
+                else:  # in half precision p must be scaled before it is rounded
+                    half = torch.mul(p, scale, out=logits)
+                    torch.mm(half, weight, out=g)
+                    grad_codes += half.T @ z_c
         if with_grad:
             ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
         return loss / n_valid
@@ -471,11 +473,13 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """logits (B, n) -> ids (B,). top_p keeps the smallest set of tokens that holds that much probability."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = (logits / temperature).topk(
-        min(top_k or logits.size(-1), logits.size(-1))
-    )  # (B, k), sorted
+    logits, ids, n = logits / temperature, None, logits.size(-1)
+    nucleus = top_p is not None and top_p < 1
+    if nucleus or (top_k or n) < n:
+        # Drawn among these k alone: on a CPU a draw from all 50,257 costs milliseconds.
+        logits, ids = logits.topk(min(top_k or n, n))  # (B, k), largest first
     p = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
+    if nucleus:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the mass before already suffices; the first is kept
-    # Drawn among k, not all: on a CPU a draw from 50,257 costs milliseconds.
-    return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
