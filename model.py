@@ -128,14 +128,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += ((lse - logits.gather(1, y)) * valid).sum()
             if with_grad:
                 p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
-                g, scale = grad_z[start : start + chunk], valid * (grad_scale / n_valid)  # (C, 1)
-                if z.dtype == exact:  # scale the narrow factors, not V columns
-                    torch.mm(p, weight, out=g).mul_(scale)
-                    grad_codes.addmm_(p.T, z_c * scale)
-                else:  # in half precision p must be scaled before it is rounded
-                    half = torch.mul(p, scale, out=logits)
-                    torch.mm(half, weight, out=g)
-                    grad_codes += half.T @ z_c
+                g = torch.mul(p, valid * (grad_scale / n_valid), out=logits)
+                torch.mm(g, weight, out=grad_z[start : start + chunk])
+                if z.dtype == exact:
+                    grad_codes.addmm_(g.T, z_c)
+                else:
+                    grad_codes += g.T @ z_c
         if with_grad:
             ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
         return loss / n_valid
