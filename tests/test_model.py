@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from hardware import flops_per_token, parameter_table, pick_device, pick_dtype
-from model import IGNORE, N_TOKENS, DenseVocab, ModelConfig, ReFlow, rope_table, sample_token
+from model import IGNORE, N_TOKENS, DenseVocab, ModelConfig, ReFlow, linear, rope_table, sample_token
 
 TINY = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_hidden": 24, "vocab_size": 61}
 KINDS = {
@@ -691,3 +691,16 @@ def test_a_device_that_is_not_here_is_one_line(monkeypatch):
     for name in ("cuda", "cuda:1", "gpu"):
         with pytest.raises(UserError, match=f"no device {name} here"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("shape", [(48, 32), (70_000, 64)])  # beside and beyond what counts as large
+def test_few_rows_give_the_plain_product(rows, shape):
+    """The product that generation takes for few rows is that of float64, whatever the layout of its input."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    for x in (torch.randn(rows, 1, shape[1]), torch.randn(shape[1], rows, 1).permute(1, 2, 0)):
+        want = x.double() @ weight.double().T
+        found = linear(x, weight)
+        assert found.shape == want.shape
+        assert (found - want).abs().max() < 1e-4
