@@ -3,11 +3,12 @@
 # make lint      check style
 # make studies   train and compare 27 small runs
 # make bench     speed and memory
+# make paper     figures and paper/paper.pdf from the committed results
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint studies bench
+.PHONY: demo test lint studies bench paper
 
 demo: .venv/run
 	$(BIN)/python data/sotu/prepare.py
@@ -39,6 +40,9 @@ studies: .venv/run
 bench: .venv/run
 	$(BIN)/python data/sotu/prepare.py
 	$(BIN)/python bench.py
+
+paper: .venv/dev
+	$(BIN)/python paper/build.py
 
 # Stamps: a package is installed once, and again when its list changes.
 .venv/run: requirements.txt

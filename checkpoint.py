@@ -6,6 +6,7 @@ renamed. `latest` and `best` are small text files naming one. Step 0 is kept alw
 experiments), with it the best and the last `keep`. Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -40,25 +41,38 @@ def flush(path):
         os.close(fd)
 
 
+@contextlib.contextmanager
+def whole_folder(final):
+    """Yield a temporary folder that becomes `final` when all of it is written and flushed, or not at all."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            flush(file)
+        flush(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
+        os.rename(temporary, final)
+        flush(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def save(run, step, model, optimizer, state, keep, best):
     """Write checkpoint `step` of the folder `run` and point `latest` at it, `best` too if `best`.
 
     `model` and `optimizer` are flat dicts of tensors, `state` is JSON. Older ones beyond `keep` are removed.
     """
     name = f"step_{step:06d}"
-    temporary, final = run / f".{name}.tmp", run / name
     for stale in run.glob(".step_*.tmp"):  # left by a kill
         shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
-    for file, tensors in zip(WEIGHTS, (model, optimizer), strict=True):
-        save_file(tensors, temporary / file)
-        flush(temporary / file)
-    sizes = {file: (temporary / file).stat().st_size for file in WEIGHTS}
-    write_atomically(temporary / "state.json", json.dumps(state | {"step": step, "sizes": sizes}, indent=1))
-    flush(temporary)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-    os.rename(temporary, final)
-    flush(run)
+    with whole_folder(run / name) as folder:
+        for file, tensors in zip(WEIGHTS, (model, optimizer), strict=True):
+            save_file(tensors, folder / file)
+        sizes = {file: (folder / file).stat().st_size for file in WEIGHTS}
+        text = json.dumps(state | {"step": step, "sizes": sizes}, indent=1)
+        (folder / "state.json").write_text(text, encoding="utf-8")
     for pointer in ("latest", "best") if best else ("latest",):
         point(run, pointer, name)
 
@@ -88,8 +102,8 @@ def read_state(step):
     """state.json of a checkpoint folder, after a check that its files are whole. Raises UserError."""
     try:
         state = json.loads((step / "state.json").read_text(encoding="utf-8"))
-        sizes = {file: state["sizes"][file] for file in WEIGHTS}
-        state["step"], state["config"]["model"]
+        sizes = state["sizes"]  # of model.safetensors alone in a release
+        sizes[WEIGHTS[0]], state["step"], state["config"]["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{step} is no checkpoint: its state.json is missing or damaged") from None
     for file, size in sizes.items():
@@ -127,6 +141,12 @@ def load_tensors(path, device="cpu"):
 # Reading a run
 
 
+def runs(out="out"):
+    """The folders of the runs under `out`, newest first."""
+    newest = sorted(Path(out).glob("*/latest"), key=os.path.getmtime, reverse=True)
+    return [pointer.parent for pointer in newest]
+
+
 def find(run=None, out="out"):
     """The checkpoint folder that `run` means. Raises UserError.
 
@@ -135,10 +155,9 @@ def find(run=None, out="out"):
     """
     make_one = "make one with: python train.py"
     if run is None:
-        runs = [p.parent for p in Path(out).glob("*/latest")]
-        if not runs:
+        run = next(iter(runs(out)), None)
+        if run is None:
             raise UserError(f"no trained model under {out}/: {make_one}")
-        run = max(runs, key=lambda r: (r / "latest").stat().st_mtime)
     run = Path(run)
     if run.is_file():
         raise UserError(
@@ -157,13 +176,23 @@ def find(run=None, out="out"):
     return newest
 
 
+def build_model(config, weights, source="the model"):
+    """A ReFlow in eval mode, fp32, that holds `weights` from `source`. UserError if they do not fit."""
+    with torch.device("meta"):
+        model = ReFlow(config)
+    try:
+        model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: its weights do not fit the model it describes: {why}") from None
+    return model.eval()
+
+
 def load_model(step, device="cpu"):
     """(ReFlow in eval mode on `device`, state) of a checkpoint folder. Raises UserError."""
     state = read_state(step)
     try:
-        with torch.device("meta"):
-            model = ReFlow(ModelConfig(**state["config"]["model"]))
-        model.load_state_dict(load_tensors(step / "model.safetensors", device), assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{step} does not fit this version of reFlow: {str(error).splitlines()[0]}") from None
-    return model.eval(), state
+        config = ModelConfig(**state["config"]["model"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{step} does not fit this version of reFlow: {error}") from None
+    return build_model(config, load_tensors(step / "model.safetensors", device), step), state

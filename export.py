@@ -5,6 +5,7 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --from=out/hf-nano --to=out/imported                      such a folder as a run
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
+    python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
 
 The product of recipes and basis is one matrix, so a reFlow *is* a Llama with tied embeddings. Only the order
 of query and key rows differs: positions rotate adjacent pairs here, the two halves of a head there. Recipes
@@ -21,7 +22,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -39,7 +39,7 @@ from configurator import UserError
 from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT, N_TOKENS, encoding
 from experiments import lab
-from model import ModelConfig, ReFlow
+from model import ModelConfig
 from train import evaluate, find_dataset, versions
 
 
@@ -48,6 +48,7 @@ class ExportConfig:
     to: str | None = None  # the folder to write: a Hugging Face one, or a run with --from and --factor
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
     from_: str | None = None  # --from=...: a Hugging Face Llama folder, or a .pt file of the reference system
+    form: Literal["llama", "reflow"] = "llama"  # reflow: a checkpoint without optimiser, for the scripts here
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the exported weights; reflow.safetensors stays fp32
     factor: Literal["identity", "rotation", "pca", "ica"] | None = None  # basis that a dense E is written in
     seed: int = 0  # of a random rotation or ICA
@@ -231,7 +232,7 @@ and with the final, normalised residual stream h, `(h @ basis.T) @ recipes.T` ar
 """
 
 
-def model_card(model, state, source, folder, dtype):
+def model_card(model, state, source, folder, dtype, card=CARD):
     c, train = model.config, state["config"].get("train", {})
     kinds = {
         "factored": "its vocabulary a product of recipes and {} signals",
@@ -241,7 +242,7 @@ def model_card(model, state, source, folder, dtype):
     if "imported_from" in train:
         origin = f"Imported from `{train['imported_from']}`"
     kinds["topk"] = kinds["factored"] + f", {c.top_k} to a token"
-    return CARD.format(
+    return card.format(
         **asdict(c) | {"vocabulary": kinds[c.vocab].format(c.signals), "title": folder.name},
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=dtype,
@@ -255,40 +256,45 @@ def model_card(model, state, source, folder, dtype):
     )
 
 
+RELEASE = """\
+# {title}
+
+A reFlow language model, {vocabulary}: {parameters:,} parameters, {n_layer} layers, width {n_embd}, context
+{block_size} tokens, GPT-2 tokenizer, weights in {dtype}. MIT licence.
+
+- {origin}.
+- Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{rounded}.
+- A research model: it has no safety training and knows no facts worth relying on.
+
+```sh
+python sample.py --run={folder}
+python experiments/run_all.py --run={folder}
+python export.py --run={folder} --to=out/hf-{title}     # for other people's tools
+```
+
+`state.json` holds the configuration; there is no optimiser state. Step 0, the control of many experiments, is
+made again from the seed. Written by
+`python export.py --run={source} --form=reflow --dtype={dtype} --to={folder}`.
+"""
+
+
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def is_export(folder):
     """Whether `folder` is one that this script wrote."""
-    try:
-        return "reflow" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-@contextlib.contextmanager
-def whole_folder(final):
-    """Yield a temporary folder that becomes `final` when all of it is written and flushed, or not at all."""
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            checkpoint.flush(file)
-        checkpoint.flush(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # an earlier export: `main` has made sure
-        os.rename(temporary, final)
-        checkpoint.flush(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for file, key in (("config.json", "reflow"), ("state.json", "release")):
+        with contextlib.suppress(OSError, ValueError):
+            if key in json.loads((folder / file).read_text(encoding="utf-8")):
+                return True
+    return False
 
 
 def export(step, to, dtype="fp32"):
     """Write the checkpoint folder `step` to `to` as a Hugging Face folder. UserError from reading it."""
     model, state = checkpoint.load_model(step)
-    with whole_folder(to) as folder:
+    with checkpoint.whole_folder(to) as folder:
         write_json(folder / "config.json", llama_config(model.config, DTYPES[dtype]))
         ids = {f"{role}_token_id": END_OF_TEXT for role in ("bos", "eos", "pad")}
         padding = list(range(model.config.n_tokens, model.config.vocab_size))
@@ -298,6 +304,22 @@ def export(step, to, dtype="fp32"):
             save_file(extra, folder / "reflow.safetensors", {"format": "pt"})
         write_tokenizer(folder, model.config.block_size)
         (folder / "README.md").write_text(model_card(model, state, step, to, dtype), encoding="utf-8")
+    return model
+
+
+def release(step, to, dtype="fp32"):
+    """Write checkpoint folder `step` to `to` without its optimiser: a run of one checkpoint. UserError."""
+    model, state = checkpoint.load_model(step)
+    weights = {name: w.to(DTYPES[dtype]).contiguous() for name, w in model.state_dict().items()}
+    kept = ("step", "config", "data_sha256", "val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
+    rounded = "" if dtype == "fp32" else ", before they were rounded"
+    with checkpoint.whole_folder(to) as folder:
+        save_file(weights, folder / "model.safetensors")
+        sizes = {"model.safetensors": (folder / "model.safetensors").stat().st_size}
+        more = {"versions": versions(), "sizes": sizes, "release": dtype}
+        write_json(folder / "state.json", {key: state.get(key) for key in kept} | more)
+        card = RELEASE.replace("{rounded}", rounded)
+        (folder / "README.md").write_text(model_card(model, state, step, to, dtype, card), encoding="utf-8")
     return model
 
 
@@ -623,17 +645,6 @@ def said(answer):
 # Runs out of models
 
 
-def build_model(config, weights):
-    """A ReFlow in eval mode that holds these tensors. Raises UserError if they do not fit."""
-    with torch.device("meta"):
-        model = ReFlow(config)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"weights do not fit the model: {' '.join(str(error).split())[:200]}") from None
-    return model.eval()
-
-
 def bring(source, to, dataset, sequences):
     """Write the model at `source`, a Hugging Face folder or a reference checkpoint, as a run. UserError."""
     folder = find_dataset(dataset)
@@ -641,7 +652,7 @@ def bring(source, to, dataset, sequences):
     def loss(config, weights, longest=256):
         text = Dataset(folder, "val", min(config.block_size, longest))
         how = torch.device("cpu"), contextlib.nullcontext(), 0, 1  # no autocast; one process
-        return evaluate(build_model(config, weights), text, sequences, sequences, *how)
+        return evaluate(checkpoint.build_model(config, weights, source), text, sequences, sequences, *how)
 
     if not source.exists():
         raise UserError(f"--from={source}: no such file or folder")
@@ -666,7 +677,7 @@ def bring(source, to, dataset, sequences):
         "skipped": 0,
         "versions": versions(),
     }
-    save_run(to, 0, build_model(config, weights), state)
+    save_run(to, 0, checkpoint.build_model(config, weights, source), state)
 
 
 def save_run(to, step, model, state):
@@ -696,7 +707,7 @@ def factor(model, kind, seed=0):
         raise UserError(f"--factor={kind}: the embedding does not fill its {c.n_embd} dimensions: no basis")
     weights = {name: weight for name, weight in model.state_dict().items() if name != "vocab.weight"}
     weights |= {"vocab.recipe": d.codes, "vocab.basis": d.atoms}
-    return build_model(replace(c, vocab="factored", n_signal=c.n_embd), weights)
+    return checkpoint.build_model(replace(c, vocab="factored", n_signal=c.n_embd), weights)
 
 
 def main():
@@ -710,7 +721,7 @@ def main():
         else:
             step = checkpoint.find(c.run)
             if c.factor is None:
-                export(step, to, c.dtype)
+                (export if c.form == "llama" else release)(step, to, c.dtype)
             else:
                 model, state = checkpoint.load_model(step)
                 model = factor(model, c.factor, c.seed)

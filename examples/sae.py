@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 import checkpoint
+from checkpoint import build_model
 from configurator import UserError
 from data.tokenizer import encode
-from export import build_model, read_llama
+from export import read_llama
 
 TEXT = "Our first duty is to the people of the United States, who gave us this government and its laws. " * 8
 

@@ -205,9 +205,8 @@ def open_subject(name, step, device):
 
 def newest_with_signals(out="out"):
     """The checkpoint folder of the newest run under `out` that is no plain GPT, else of the newest."""
-    newest = sorted(Path(out).glob("*/latest"), key=os.path.getmtime, reverse=True)
-    for pointer in newest:
-        step = checkpoint.find(pointer.parent)
+    for run in checkpoint.runs(out):
+        step = checkpoint.find(run)
         if checkpoint.read_state(step)["config"]["model"]["vocab"] != "dense":
             return step
     return checkpoint.find(None, out)
@@ -253,9 +252,9 @@ class Lab:
             shape = [m[k] for k in ("n_layer", "n_embd", "n_head", "block_size")]
             return shape, state["step"], state.get("data_sha256")
 
-        for pointer in sorted(self.folder.parent.glob("*/latest"), key=os.path.getmtime, reverse=True):
+        for run in checkpoint.runs(self.folder.parent):
             try:
-                step = checkpoint.find(pointer.parent)
+                step = checkpoint.find(run)
                 state = checkpoint.read_state(step)
             except UserError:
                 continue
@@ -272,7 +271,7 @@ class Lab:
         if untrained and (self.folder / "step_000000").is_dir() and self.step.name != "step_000000":
             return open_subject("step 0", self.folder / "step_000000", self.device)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(train.get("seed", self.seed))
             net = ReFlow(ModelConfig(**self.state["config"]["model"]))
         return Subject("step 0", net.to(self.device).eval(), None)
 
@@ -297,7 +296,7 @@ class Lab:
     def identity(self):
         """What a result belongs to and is made from; with the same code, equal means the same result."""
         trained = [s for s in (self.reflow, self.baseline) if s is not None]
-        weights = {s.step.parent.name: s.step / "model.safetensors" for s in trained}
+        weights = {run_name(s.step): s.step / "model.safetensors" for s in trained}
         return {
             "run": run_identity(self.step, self.state),
             "val_loss": {s.name: s.val_loss for s in trained},
@@ -335,8 +334,11 @@ class Lab:
             if (folder / "meta.json").exists():
                 return folder
         if not (root / "sotu" / "meta.json").exists():
-            raise UserError("no text to work with: run python data/sotu/prepare.py")
-        print(f"the run's dataset {name} is not here: token counts and held-out text come from data/sotu")
+            from data.sotu.prepare import prepare
+
+            prepare()
+        if name != "sotu":
+            print(f"the run's dataset {name} is not here: token counts and held-out text come from data/sotu")
         return root / "sotu"
 
     @functools.cached_property
@@ -596,6 +598,7 @@ class Claim:
     measured: Estimate
     controls: dict = field(default_factory=dict)  # name -> Estimate
     published: str = ""  # the reference system's value, for orientation
+    lower: bool = False  # whether less is better
 
 
 def effect(claim, measured, chance, unit, groups=None, lower=False, published=""):
@@ -616,7 +619,8 @@ def effect(claim, measured, chance, unit, groups=None, lower=False, published=""
         rounding = 1e-5 * np.abs(measured).mean()  # a gain below it is none
         verdict = "supported" if worst[1].low > rounding else "not supported"
         reason = f"gain over {worst[0]}: {worst[1]}"
-    return Claim(claim, "effect", verdict, reason, unit, n, estimate(measured, groups), controls, published)
+    found = estimate(measured, groups)
+    return Claim(claim, "effect", verdict, reason, unit, n, found, controls, published, lower)
 
 
 def signals(
@@ -642,7 +646,8 @@ def signals(
         verdict, reason = "supported", f"beats {others} (p = {p:.2f}){also}"
     spread = Estimate(*map(float, (means.mean(), means.min(), means.max())))  # over the K, not over units
     controls = {f"{others} (range)": spread, **against.controls}
-    return Claim(claim, "signals", verdict, reason, unit, against.n, against.measured, controls, published)
+    measured = against.measured
+    return Claim(claim, "signals", verdict, reason, unit, against.n, measured, controls, published, lower)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -764,11 +769,16 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def run_name(step):
+    """The name of the run that a checkpoint folder belongs to; a release is a run of its own."""
+    return (step.parent if step.name.startswith("step_") else step).name
+
+
 def run_identity(step, state):
     """What a result belongs to: run, step, configuration and data."""
     config = json.dumps(state["config"], sort_keys=True).encode()
     return {
-        "name": step.parent.name,
+        "name": run_name(step),
         "step": state["step"],
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "data_sha256": state.get("data_sha256"),

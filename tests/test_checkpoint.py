@@ -59,7 +59,8 @@ def test_round_trip(run):
     original = ReFlow(CONFIG)
     original.load_state_dict(tensors(8)[0])
     idx = torch.arange(8)[None]
-    assert torch.equal(model(idx)[0], original.eval()(idx)[0]) and not model.training
+    # Close, not equal: a mapped file is aligned otherwise than fresh memory, and BLAS rounds by alignment.
+    assert torch.allclose(model(idx)[0], original.eval()(idx)[0], atol=1e-6) and not model.training
     assert state["step"] == 8 and state["config"]["model"] == asdict(CONFIG)
     assert sorted(p.name for p in run.iterdir()) == [
         "best",
@@ -274,7 +275,7 @@ def test_load_model_refuses_other_weights(run):
     state = json.loads((step / "state.json").read_text())
     state["sizes"]["model.safetensors"] = (step / "model.safetensors").stat().st_size
     (step / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="does not fit") as error:
+    with pytest.raises(UserError, match="do not fit") as error:
         load_model(step)
     assert "\n" not in str(error.value)
 

@@ -107,7 +107,7 @@ def language(rows, length, seed):
 def loss(config, weights):
     x = language(32, 32, seed=10_000)  # of the length trained on: beyond it a wrong reading may do better
     with torch.no_grad():
-        return export.build_model(config, weights)(x[:, :-1], x[:, 1:])[1].item()
+        return checkpoint.build_model(config, weights)(x[:, :-1], x[:, 1:])[1].item()
 
 
 def trained_model(**more):
@@ -242,6 +242,25 @@ def test_model_card(folder):
     card = (folder / "README.md").read_text()
     for part in ("24 signals", "`sotu`", "5.0000 nats", "export.py --run=", "pipeline(", "context 256"):
         assert part in card, part
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_release_is_a_run(kind, tmp_path, monkeypatch, capsys):
+    """Half the size of the weights alone; sample.py and export.py read it, to the rounding of fp16."""
+    model = random_model(kind)
+    run, to = save(model, tmp_path / "run"), tmp_path / "release"
+    for _ in range(2):  # a release of before is replaced
+        go(f"--run={run}", "--form=reflow", "--dtype=fp16", f"--to={to}")
+    assert {p.name for p in to.iterdir()} == {"model.safetensors", "state.json", "README.md"}
+    size = sum(p.numel() for p in model.parameters()) * 2
+    assert size <= (to / "model.safetensors").stat().st_size < size + 10_000
+    found, state = checkpoint.load_model(checkpoint.find(to))
+    for (name, a), b in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b.half().float()), name
+    assert state["val_loss"] == 5.0 and "5.0000 nats" in (to / "README.md").read_text(encoding="utf-8")
+    go(f"--run={to}", "--prompt=a", "--max_new_tokens=2", main=sample.main)
+    go(f"--run={to}", f"--to={tmp_path / 'hf'}")
+    assert (tmp_path / "hf" / "config.json").exists()
 
 
 def test_only_an_export_is_replaced(tmp_path, monkeypatch):
@@ -426,7 +445,7 @@ def read(tmp_path, weights, prefix="", **outer):
     torch.save({"model": weights, "iter_num": 9, "optimizer": {"state": {}}} | outer, tmp_path / "ckpt.pt")
     source = export.read_reference(tmp_path / "ckpt.pt")
     picks = export.resolve(source.questions(), source.assemble, loss)
-    return export.build_model(*source.assemble(picks)), picks
+    return checkpoint.build_model(*source.assemble(picks)), picks
 
 
 AMBIGUITIES = {
