@@ -1,0 +1,307 @@
+"""
+Build paper/paper.pdf from paper/results: draw the figures, set the text, write the README's results section.
+
+    make paper
+    python paper/build.py
+
+Nothing is typed in: the text reads its numbers from the same files. `python paper/collect.py` refreshes them.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import configurator
+
+if __name__ == "__main__":
+    configurator.help(__file__)
+
+import csv
+import hashlib
+import json
+import time
+
+import numpy as np
+
+from checkpoint import write_atomically
+from configurator import UserError
+from experiments.lab import COLOURS, pyplot
+from experiments.run_all import NAMES
+
+PAPER = Path(__file__).resolve().parent
+RESULTS, FIGURES = PAPER / "results", PAPER / "figures"
+README = PAPER.parent / "README.md"
+KINDS = {"factored": COLOURS["native"], "dense": COLOURS["baseline"], "topk": COLOURS["ica"]}
+SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # which runs the paper is about
+
+
+@dataclass
+class BuildConfig:
+    readme: bool = True  # write the README's results section as well
+
+
+# ----------------------------------------------------------------------------------------------------
+# Results
+
+
+def load(name):
+    """A file of paper/results as JSON. Raises UserError if it is missing."""
+    try:
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no paper/results/{name}.json: python paper/collect.py makes it") from None
+
+
+def rows(name, **where):
+    """The lines of an experiment's rows as dicts, those that have these values; `value` as a number."""
+    with open(RESULTS / f"{name}.csv", encoding="utf-8", newline="") as f:
+        found = [row for row in csv.DictReader(f) if all(row[k] == str(v) for k, v in where.items())]
+    return [row | {"value": float(row["value"])} for row in found]
+
+
+def by_layer(name, **where):
+    """(layers, values) of rows that have a layer."""
+    found = rows(name, **where)
+    return [int(r["layer"]) for r in found], [r["value"] for r in found]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figures
+
+
+def fingerprint():
+    """SHA-256 of all results; every figure says from which it was drawn."""
+    digest = hashlib.sha256()
+    for path in sorted(RESULTS.rglob("*.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def save(fig, name):
+    fig.set_layout_engine("constrained")
+    FIGURES.mkdir(exist_ok=True)
+    # No date and a fixed salt: the same results give the same bytes.
+    fig.savefig(FIGURES / f"{name}.svg", format="svg", metadata={"Date": None, "Source": fingerprint()})
+    pyplot().close(fig)
+
+
+def rivals(run):
+    """Every claim about signals on one scale: native, PCA, ICA and others against 19 gauges."""
+    claims = [c for name in NAMES for c in load(f"{run}/{name}")["claims"] if c["kind"] == "signals"]
+    fig, ax = pyplot().subplots(figsize=(7, 0.32 * len(claims) + 0.9))
+    marks = {"native": "D", "pca": "o", "ica": "o", "E": "s", "baseline": "s"}
+    for i, claim in enumerate(claims):
+        y, sign = len(claims) - i, -1 if claim["lower"] else 1
+        spread = next(v for k, v in claim["controls"].items() if k.endswith("(range)"))
+        middle, half = (spread["low"] + spread["high"]) / 2, (spread["high"] - spread["low"]) / 2
+        ax.plot([-1, 1], [y, y], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt", zorder=1)
+        points = {"native": claim["measured"]} | claim["controls"]
+        for name, value in points.items():
+            if name in marks and value["value"] is not None and half:
+                x = sign * (value["value"] - middle) / half
+                x = np.sign(x) * (abs(x) if abs(x) <= 3 else 3 + np.log10(abs(x) / 3))  # far ones move in
+                big = name == "native"
+                ax.scatter(x, y, 46 if big else 26, COLOURS[name], marker=marks[name], zorder=3 if big else 2)
+    ax.set_yticks(range(len(claims), 0, -1), [short(c["claim"]) for c in claims], fontsize=7)
+    ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
+    ax.axvline(1, color="#999999", lw=0.8, ls=":")
+    handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
+    handles.append(ax.plot([], [], color=COLOURS["rotated"], lw=7, alpha=0.45, label="random gauges")[0])
+    ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
+    save(fig, "rivals")
+
+
+def short(text, width=62):
+    """The beginning of a claim, cut at a word."""
+    text = text.partition(" (")[0]
+    return text if len(text) <= width else text[:width].rsplit(" ", 1)[0] + " ..."
+
+
+def sparsity(run):
+    """The functional curve: loss added when only the k largest signals of each recipe are kept."""
+    fig, (left, right) = pyplot().subplots(1, 2, figsize=(7, 2.6))
+    name = f"{run}/sparsity_profile"
+    for dictionary in ("native", "rotated", "pca", "ica"):
+        found = [r for r in rows(name, dictionary=dictionary) if r["metric"].startswith("loss added, top ")]
+        k, loss = [int(r["metric"].rsplit(" ", 1)[1]) for r in found], [r["value"] for r in found]
+        left.plot(k, loss, "o-", ms=3, color=COLOURS[dictionary], label=dictionary)
+        active = load(name)["numbers"]["active"].get(dictionary, {})
+        x, y = [float(t) for t in active], [100 * v for v in active.values()]
+        right.plot(x, y, "o-", ms=3, color=COLOURS[dictionary])
+    gaussian = load(name)["numbers"]["active"].get("gaussian", {})
+    right.plot(
+        [float(t) for t in gaussian], [100 * v for v in gaussian.values()], "k--", lw=1, label="Gaussian"
+    )
+    left.set(xlabel="signals kept of each recipe", ylabel="loss added, nats per token", xscale="log")
+    left.set_xticks(k, [str(n) for n in k])
+    left.minorticks_off()
+    right.set(xlabel="threshold, root mean squares of the recipe", ylabel="signals above it, %", yscale="log")
+    right.set(ylim=(0.01, 150))
+    left.legend()
+    right.legend()
+    save(fig, "sparsity")
+
+
+def layers(run):
+    """Where things happen: the logit lens, recovery by patching, and injections, layer by layer."""
+    fig, (lens, patch, inject) = pyplot().subplots(1, 3, figsize=(7, 2.5))
+    for model in ("reflow", "baseline", "step 0"):
+        how = {"color": COLOURS[model], "ms": 3, "label": model}
+        lens.plot(*by_layer(f"{run}/signal_lens", model=model, metric="KL(final || lens)"), "o-", **how)
+        where = {"model": model, "metric": "recovery, last token"}
+        patch.plot(*by_layer(f"{run}/crystallization", control="short", **where), "o-", **how)
+        long = by_layer(f"{run}/crystallization", control="long", **where)
+        patch.plot(*long, "o:", **how | {"label": None})
+        where = {"model": model, "metric": "change of logit difference", "pos": "all"}
+        inject.plot(*by_layer(f"{run}/crystallization", control="1.0 norms", **where), "o-", **how)
+    lens.set(xlabel="layer", ylabel="KL(final || logit lens), nats", yscale="symlog")
+    patch.set(xlabel="layer", ylabel="recovery at the last token")
+    patch.axhline(0.5, color="#999999", lw=0.8, ls=":")
+    inject.set(xlabel="layer of the injection", ylabel="logit difference, change")
+    lens.legend(fontsize=7)
+    save(fig, "layers")
+
+
+def interventions(run):
+    """Doses: the tilt of a sentiment direction by its strength; how many pairs an injection has forced."""
+    fig, (dose, force) = pyplot().subplots(1, 2, figsize=(7, 2.5))
+    names = {"native": "reflow", "diffmean": "diffmean", "baseline": "baseline", "step 0": "step 0"}
+    colours = COLOURS | {"diffmean": COLOURS["ica"]}
+    for dictionary, label in names.items():
+        found = rows(f"{run}/emotion_surgery", dictionary=dictionary, metric="tilt, nats")
+        points = sorted([(float(r["control"].split()[1]), r["value"]) for r in found] + [(0, 0)])
+        dose.plot(*zip(*points, strict=True), "o-", ms=3, color=colours[dictionary], label=label)
+    dose.set(xlabel="strength, residual norms", ylabel="tilt, nats")
+    layer = load(f"{run}/concept_inception")["numbers"]["layer"]
+    for model in ("reflow", "baseline", "step 0"):
+        found = rows(f"{run}/concept_inception", model=model, layer=layer, metric="alpha*")
+        alpha = np.sort([r["value"] for r in found])
+        x = np.append(alpha[np.isfinite(alpha)], 64)
+        share = np.append(np.arange(1, len(x)), len(x) - 1) / len(alpha)
+        force.step(x, share, where="post", color=COLOURS[model], label=model)
+    force.set(xlabel="dose, residual norms", ylabel="share of pairs forced", xscale="log", ylim=(0, 1.02))
+    dose.legend(fontsize=7)
+    force.legend(fontsize=7)
+    save(fig, "interventions")
+
+
+def curves(subject):
+    """Losses of the main runs by tokens, and the gap over the dense model in the study of many runs."""
+    runs = load("runs")
+    fig, (left, right) = pyplot().subplots(1, 2, figsize=(7, 2.6))
+    for kind, name in subject["runs"].items():
+        if name in runs:
+            run = runs[name]
+            tokens = run["tokens"] / run["step"]
+            points = [(s * tokens / 1e6, v) for s, v in run["curve"] if s]
+            left.plot(*zip(*points, strict=True), color=KINDS[kind], label=kind)
+    left.set(xlabel="million tokens", ylabel="validation loss, nats per token", xscale="log")
+    left.legend()
+    numbers = load("studies/convergence")["numbers"]
+    sizes = sorted({key.split()[1] for key in numbers}, key=lambda s: int(s.split("x")[1]))
+    for shift, kind in ((-0.08, "factored"), (0.08, "topk")):
+        for i, size in enumerate(sizes):
+            e = numbers[f"{kind} {size}"]["equal_depth"]
+            bars = None  # fewer than three seeds
+            if e["low"] is not None:
+                bars = [[100 * (e["value"] - e["low"])], [100 * (e["high"] - e["value"])]]
+            label = kind if i == 0 else None
+            right.errorbar(i + shift, 100 * e["value"], bars, fmt="o", color=KINDS[kind], label=label)
+    right.axhline(0, color="#999999", lw=0.8)
+    right.set_xticks(range(len(sizes)), sizes)
+    right.set(xlabel="layers x width", ylabel="loss above the dense model, %")
+    right.legend()
+    save(fig, "curves")
+
+
+def draw():
+    """All figures of the paper."""
+    plt = pyplot()
+    plt.rcParams.update({"svg.hashsalt": "reflow", "font.size": 7.5, "axes.labelsize": 7.5})
+    run = SUBJECT["runs"]["factored"]
+    rivals(run), sparsity(run), layers(run), interventions(run), curves(SUBJECT)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The README's section
+
+
+def number(e):
+    return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
+
+
+def section():
+    """The README's results: what was published, what was measured, what decided, as Markdown."""
+    run = SUBJECT["runs"]["factored"]
+    runs, results = load("runs"), [load(f"{run}/{name}") for name in NAMES]
+    claims = [(r["experiment"], c) for r in results for c in r["claims"]]
+    kinds = {k: [c for _, c in claims if c["kind"] == k] for k in ("effect", "signals")}
+    held = {k: sum(c["verdict"] == "supported" for c in v) for k, v in kinds.items()}
+    losses = ", ".join(
+        f"`{name}` {runs[name]['whole_val_loss']:.3f}" for name in SUBJECT["runs"].values() if name in runs
+    )
+    r = runs[run]
+    lines = [
+        f"`{run}`, {r['parameters']:,} parameters, {r['tokens'] / 1e6:.2f}M tokens of training.",
+        f"Validation loss, nats per token, one seed each: {losses}.",
+        f"Supported: {held['effect']} of {len(kinds['effect'])} claims of kind effect, {held['signals']} of"
+        f" {len(kinds['signals'])} of kind signals. Those with a published counterpart:",
+        "",
+        "| claim | published | measured, 95 % interval | decided by | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for name, c in claims:
+        if c["published"]:
+            cells = (
+                f"`{name}`: {c['claim']}",
+                c["published"],
+                number(c["measured"]),
+                c["reason"],
+                c["verdict"],
+            )
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += [
+        "",
+        "All claims about signals on one scale: the learned signals (diamond) against 19 random changes of"
+        " them that leave the function as it is (band), and against PCA, ICA, E and the plain GPT:",
+        "",
+        "![Each claim about signals beside its rivals](paper/figures/rivals.svg)",
+        "",
+        "Keeping only the largest signals of each recipe, and how many are active at which threshold:",
+        "",
+        "![Loss added by truncation, and activation rates](paper/figures/sparsity.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def write_readme():
+    """Replace what stands between the two marks of the README."""
+    begin, end = "<!-- results: written by paper/build.py -->", "<!-- end of results -->"
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise UserError(f"{README} has no marks '{begin}' and '{end}' around its results")
+    write_atomically(README, f"{before}{begin}\n{section()}\n{end}{after}")
+
+
+def main():
+    (c,) = configurator.parse(BuildConfig)
+    start = time.perf_counter()
+    draw()
+    try:
+        import typst
+    except ImportError:
+        raise UserError("the paper needs a package: pip install -r requirements-dev.txt") from None
+    try:
+        typst.compile(PAPER / "paper.typ", output=PAPER / "paper.pdf", root=PAPER.parent)
+    except typst.TypstError as error:
+        raise UserError(f"paper/paper.typ does not compile:\n{error.diagnostic}") from None
+    if c.readme:
+        write_readme()
+    print(f"paper/paper.pdf, {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    configurator.run(main)

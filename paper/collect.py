@@ -1,0 +1,104 @@
+"""
+Gather what the paper is made of into paper/results, which is committed: enough to build it anywhere.
+
+    python paper/collect.py --runs=out/reflow-mini,out/gpt2-new-mini,out/reflow-nano,out/gpt2-new-nano
+    python paper/collect.py --studies=out/studies --bench=out/bench.json
+
+A run brings its configuration, losses and curve (runs.json), and its experiments, if it has any, which must
+belong to the very checkpoint that the run stands at. What is not named stays as it is.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import configurator
+
+if __name__ == "__main__":
+    configurator.help(__file__)
+
+import json
+import shutil
+from statistics import median
+
+import torch
+
+import checkpoint
+from checkpoint import write_atomically
+from configurator import UserError
+from experiments import lab
+from experiments.convergence import curve
+from experiments.run_all import NAMES
+from hardware import parameter_table
+from model import ModelConfig, ReFlow
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class CollectConfig:
+    runs: str = ""  # folders of runs, separated by commas
+    studies: str = ""  # folder of the runs of experiments/studies.py, with both results
+    bench: str = ""  # bench.py's file
+
+
+def describe(step, state):
+    """What runs.json holds of a run."""
+    config, metrics = state["config"], step.parent / "metrics.jsonl"
+    with torch.device("meta"):
+        parameters = sum(parameter_table(ReFlow(ModelConfig(**config["model"]))).values())
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps, losses = curve(step.parent)
+    return lab.run_identity(step, state) | {
+        "config": config,
+        "parameters": parameters,
+        "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
+        "tokens_per_s": median(r["tokens_per_s"] for r in rows if r.get("tokens_per_s")),
+        "whole_val_loss": state["whole_val_loss"],
+        "bits_per_byte": state["bits_per_byte"],
+        "curve": [[int(s), float(v)] for s, v in zip(steps, losses, strict=True)],
+    }
+
+
+def copy(result, folder):
+    """Copy result.json and rows.csv of an experiment's folder as <name>.json and <name>.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, ending in (("result.json", "json"), ("rows.csv", "csv")):
+        shutil.copyfile(result / file, folder / f"{result.name}.{ending}")
+
+
+def main():
+    (c,) = configurator.parse(CollectConfig)
+    path = RESULTS / "runs.json"
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in filter(None, c.runs.split(",")):
+        step = checkpoint.find(name)
+        state = checkpoint.read_state(step)
+        found = [step.parent / "experiments" / n for n in NAMES]
+        found = [folder for folder in found if (folder / "result.json").exists()]
+        identity = lab.run_identity(step, state)
+        for folder in found:
+            made_from = json.loads((folder / "result.json").read_text(encoding="utf-8"))["run"]
+            if made_from != identity:
+                again = f"python experiments/run_all.py --run={step.parent}"
+                raise UserError(f"{folder} belongs to another checkpoint or configuration: {again}")
+        for folder in found:
+            copy(folder, RESULTS / step.parent.name)
+        runs[step.parent.name] = describe(step, state)
+        print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
+    if c.studies:
+        for name in ("hard_sparsity", "convergence"):
+            copy(Path(c.studies) / "experiments" / name, RESULTS / "studies")
+        for step, state in lab.find_runs(f"{c.studies}/*"):
+            runs[step.parent.name] = describe(step, state)
+    if c.bench:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(c.bench, RESULTS / "bench.json")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(runs, indent=1, sort_keys=True))
+    print(f"{path}: {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    configurator.run(main)

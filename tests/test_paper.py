@@ -1,0 +1,129 @@
+"""The paper is made of results: behind every number, table and figure is a file, and it is the right one."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+
+from paper import build, collect
+
+PAPER = build.PAPER
+TEXT = (PAPER / "paper.typ").read_text(encoding="utf-8")
+RESULTS = sorted(build.RESULTS.glob("*/*.json"))
+
+
+def runs():
+    return json.loads((build.RESULTS / "runs.json").read_text(encoding="utf-8"))
+
+
+def sha256(config):
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", runs())
+def test_a_run_s_hash_is_that_of_its_configuration(name):
+    assert runs()[name]["config_sha256"] == sha256(runs()[name]["config"])
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_result_belongs_to_the_run_it_names(path):
+    """Configuration, step and data of a result are those of the run in runs.json."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    named = result["runs"] if path.parent.name == "studies" else [result["run"]]
+    assert named and (path.parent.name in ("studies", named[0]["name"]))
+    for run in named:
+        known = runs()[run["name"]]
+        for key in ("config_sha256", "data_sha256", "step"):
+            assert run[key] == known[key], f"{path} was made from another {run['name']}: {key}"
+
+
+def test_every_figure_and_file_of_the_paper_exists_and_is_drawn_by_the_script():
+    images = re.findall(r'image\("([^"]+)"', TEXT)
+    assert images
+    for image in images:
+        assert (PAPER / image).exists(), f"{image}: run python paper/build.py"
+    drawn = set(re.findall(r'save\(fig, "(\w+)"\)', (PAPER / "build.py").read_text(encoding="utf-8")))
+    assert drawn == {re.sub(r"figures/(\w+)\.svg", r"\1", i) for i in images if i.startswith("figures/")}
+    for file in re.findall(r'json\("([^"]+)"\)', TEXT):
+        assert (PAPER / file).exists()
+
+
+def prose(text):
+    """The paper's text without code, mathematics, citations, comments and names: what somebody typed."""
+    text = text[text.index("*Abstract.*") :]
+    text = re.sub(r"#let [^\n]*(\n[ )}\]][^\n]*)*", "", text)  # definitions and their indented lines
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|//[^\n]*|<[\w-]+>|@[\w-]+", "", text)
+    text = re.sub(r'"[^"\n]*"', "", text)
+    text = re.sub(r"\b(GPT-2|3CosAdd)\b", "", text)
+    text = re.sub(r"\w+: \([^()]*\)", "", text)
+    for _ in range(8):  # calls in code, from the inside out; what stands in brackets in a sentence stays
+        text = re.sub(r"(?<=[\w)\]])\([^()]*\)", "", text)
+    text = re.sub(r"#(set|show|v|h|pagebreak|counter|place|block|for|if)\b[^\n]*", "", text)
+    text = re.sub(r"\b(fp32|columns: \d)|[\d.]+(pt|cm|em|fr)\b", "", text)
+    return text
+
+
+# Said of the published system (parameters in millions, layers), and the level of all intervals.
+GIVEN = {"464", "515", "32", "95"}
+
+
+def test_no_number_is_typed_into_the_text():
+    typed = re.findall(r"\d[\d.,]*\d|\d", prose(TEXT))
+    assert set(typed) <= GIVEN
+    assert prose('*Abstract.* The gain is 0.38 nats, #sig(x.y, n: 3) in #pct(a.at("b"))').count("0.38") == 1
+
+
+def test_the_readme_shows_these_results():
+    """The README's section is what paper/build.py writes from the committed results."""
+    assert build.section() in build.README.read_text(encoding="utf-8"), "run python paper/build.py"
+
+
+def test_the_figures_are_those_of_the_results(tmp_path, monkeypatch):
+    """Every committed figure was drawn from these very results, and all of them can be drawn again."""
+    monkeypatch.setattr(build, "FIGURES", tmp_path)
+    build.draw()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (PAPER / "figures").iterdir()}
+    for name in drawn:
+        for folder in (tmp_path, PAPER / "figures"):
+            text = (folder / name).read_text(encoding="utf-8")
+            assert build.fingerprint() in text, f"{name} is out of date: run python paper/build.py"
+
+
+def test_it_builds_and_a_missing_result_stops_it(tmp_path):
+    typst = pytest.importorskip("typst")
+    pdf = typst.compile(PAPER / "paper.typ", root=PAPER.parent)
+    assert pdf[:5] == b"%PDF-" and len(pdf) > 100_000
+    for folder in ("paper", "assets"):
+        shutil.copytree(PAPER.parent / folder, tmp_path / folder)
+    (tmp_path / "paper" / "results" / "bench.json").unlink()
+    with pytest.raises(typst.TypstError, match="bench.json"):
+        typst.compile(tmp_path / "paper" / "paper.typ", root=tmp_path)
+
+
+def test_the_committed_results_are_small():
+    size = sum(
+        p.stat().st_size
+        for folder in (build.RESULTS, build.FIGURES)
+        for p in folder.rglob("*")
+        if p.is_file()
+    )
+    assert size < 5e6
+
+
+def test_collect_refuses_results_of_another_checkpoint(tmp_path, monkeypatch):
+    """An experiment made from another step or configuration than the run's is no result of that run."""
+    run = tmp_path / "run"
+    folder = run / "experiments" / "ablate_signal"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"run": {"name": "run", "step": 1}}))
+    state = {"step": 2, "config": {"model": {}, "train": {}}, "data_sha256": "x"}
+    monkeypatch.setattr(collect.checkpoint, "find", lambda name: run / "step_000002")
+    monkeypatch.setattr(collect.checkpoint, "read_state", lambda step: state)
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(collect.sys, "argv", ["collect.py", f"--runs={run}"])
+    with pytest.raises(collect.UserError, match="another checkpoint"):
+        collect.main()
+    assert not (tmp_path / "results").exists()
