@@ -1,5 +1,5 @@
 """
-Build paper/paper.pdf from paper/results: draw the figures, set the text, write the README's results section.
+Build paper/paper.pdf from paper/results: draw the figures, set the text, write the README's two blocks.
 
     make paper
     python paper/build.py
@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+import bench
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab import COLOURS, pyplot
@@ -38,7 +39,7 @@ SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # wh
 
 @dataclass
 class BuildConfig:
-    readme: bool = True  # write the README's results section as well
+    readme: bool = True  # write the README's results and speed as well
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def draw():
 
 
 # ----------------------------------------------------------------------------------------------------
-# The README's section
+# The README's blocks
 
 
 def number(e):
@@ -275,15 +276,30 @@ def section():
     return "\n".join(lines)
 
 
-def write_readme():
-    """Replace what stands between the two marks of the README."""
-    begin, end = "<!-- results: written by paper/build.py -->", "<!-- end of results -->"
+def speed():
+    """The README's speed figures: what bench.py printed, as Markdown."""
+    found = load("bench")
+    c = found.pop("config")
+    shape = (
+        f"{c['config'].removeprefix('config/').removesuffix('.py')}, {c['batch_size']} x {c['length']} tokens"
+    )
+    lines = [f"{shape}; medians (lowest to highest) of {c['rounds']} interleaved rounds", ""]
+    for part, numbers in found.items():
+        lines += [part, *(f"  {line}" for line in bench.show(part, numbers))]
+    return "\n".join(["```", *lines, "```"])
+
+
+def readme():
+    """The README with its two generated blocks as they should be."""
     text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise UserError(f"{README} has no marks '{begin}' and '{end}' around its results")
-    write_atomically(README, f"{before}{begin}\n{section()}\n{end}{after}")
+    for name, block in (("results", section()), ("speed", speed())):
+        begin, end = f"<!-- {name}: written by paper/build.py -->", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, mark, after = rest.partition(end)
+        if not mark:
+            raise UserError(f"{README} has no marks '{begin}' and '{end}' around its {name}")
+        text = f"{before}{begin}\n{block}\n{end}{after}"
+    return text
 
 
 def main():
@@ -299,7 +315,7 @@ def main():
     except typst.TypstError as error:
         raise UserError(f"paper/paper.typ does not compile:\n{error.diagnostic}") from None
     if c.readme:
-        write_readme()
+        write_atomically(README, readme())
     print(f"paper/paper.pdf, {time.perf_counter() - start:.1f} s")
 
 
