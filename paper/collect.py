@@ -18,6 +18,7 @@ import configurator
 if __name__ == "__main__":
     configurator.help(__file__)
 
+import ast
 import json
 import shutil
 from statistics import median
@@ -68,6 +69,16 @@ def copy(result, folder):
         shutil.copyfile(result / file, folder / f"{result.name}.{ending}")
 
 
+def methods():
+    """{experiment: [its question, the paragraphs of its method]}, from the docstrings."""
+    found = {}
+    for name in (*NAMES, "hard_sparsity", "convergence"):
+        source = (Path(lab.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        parts = [" ".join(p.split()) for p in ast.get_docstring(ast.parse(source)).split("\n\n")]
+        found[name] = [p for p in parts if not p.startswith(("python ", "Claims ", "Cost"))]
+    return found
+
+
 def main():
     (c,) = configurator.parse(CollectConfig)
     path = RESULTS / "runs.json"
@@ -96,6 +107,7 @@ def main():
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(c.bench, RESULTS / "bench.json")
     RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomically(RESULTS / "methods.json", json.dumps(methods(), indent=1))
     write_atomically(path, json.dumps(runs, indent=1, sort_keys=True))
     print(f"{path}: {len(runs)} runs")
 
