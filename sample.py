@@ -66,7 +66,8 @@ def read_prompt(prompt):
     try:
         return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompt={prompt}: {error}") from None
+        why = getattr(error, "strerror", None) or f"no text in UTF-8: {error}"
+        raise UserError(f"--prompt={prompt}: {why}") from None
 
 
 def read_steering(text, model):

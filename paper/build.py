@@ -8,7 +8,6 @@ Nothing is typed in: the text reads its numbers from the same files. `python pap
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,11 +34,6 @@ RESULTS, FIGURES = PAPER / "results", PAPER / "figures"
 README = PAPER.parent / "README.md"
 KINDS = {"factored": COLOURS["native"], "dense": COLOURS["baseline"], "topk": COLOURS["ica"]}
 SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # which runs the paper is about
-
-
-@dataclass
-class BuildConfig:
-    readme: bool = True  # write the README's results and speed as well
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -303,7 +297,7 @@ def readme():
 
 
 def main():
-    (c,) = configurator.parse(BuildConfig)
+    configurator.parse()  # no settings: only --help
     start = time.perf_counter()
     draw()
     try:
@@ -314,8 +308,7 @@ def main():
         typst.compile(PAPER / "paper.typ", output=PAPER / "paper.pdf", root=PAPER.parent)
     except typst.TypstError as error:
         raise UserError(f"paper/paper.typ does not compile:\n{error.diagnostic}") from None
-    if c.readme:
-        write_atomically(README, readme())
+    write_atomically(README, readme())
     print(f"paper/paper.pdf, {time.perf_counter() - start:.1f} s")
 
 
