@@ -1,7 +1,7 @@
 """
 The two studies that need many runs: train them (three kinds x three sizes x three seeds), then compare them.
 
-    python experiments/studies.py            40 minutes on two cores; killed, it goes on where it was
+    python experiments/studies.py            50 minutes on two cores; killed, it goes on where it was
 
 Every run sees the same number of tokens, runs of one seed the same tokens in the same order. Then
 hard_sparsity.py and convergence.py compare all runs under out/studies; both take any other set by --runs=.
