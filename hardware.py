@@ -162,4 +162,4 @@ def dry_run(m, c):
     for cards in (1, 2, 4, 8):
         share = c.batch_size / (cards * c.micro_batch_size)
         fits = f"{share:g} micro-batches" if share.is_integer() else "does not divide"
-        print(f"  on {cards} processes: {fits} a step")
+        print(f"  on {cards} process{'es' * (cards > 1)}: {fits} a step")

@@ -339,6 +339,8 @@ def main():
 
     # -- a new run, or the newest whole checkpoint of an old one
     run = Path(c.out_dir)
+    if (run / "state.json").exists():
+        raise UserError(f"{run} is one checkpoint, not a run: give another --out_dir, and --init_from={run}")
     newest, before, damaged = checkpoint.newest_whole(run)
     for message in damaged if c.resume else []:
         say(f"passed over: {message}")

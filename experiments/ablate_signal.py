@@ -8,7 +8,8 @@ Claims
            half by more than a random direction of equal size, and than the untrained model's own such signal.
   signals  the strongest signal of each prompt is stronger than the strongest of random rotations, PCA, ICA
            (maximum against maximum, since any dictionary has a strongest one).
-  signals  fewer signals carry 90 % of a logit difference than under rotations, PCA, ICA.
+  signals  fewer signals hold 90 % of the absolute contributions to a logit difference than under rotations,
+           PCA, ICA.
 
 Method. At the output the effect is exact and needs no forward pass: with A = norm(h) @ atoms.T, p the
 distribution over tokens and W the codes, removing signal s gives logits z - A_s W_s, so the logit difference
@@ -171,7 +172,7 @@ def run(laboratory, c=None):
         changes[name] = np.sort(-first.mean(0).cpu().numpy())[::-1]
         report.row("drop of log p, strongest signal", drops[name].mean(), dictionary=name)
         report.row("KL, strongest signal", kl.mean().item(), dictionary=name)
-        report.row("signals for 90 % of the logit difference", spread[name].mean(), dictionary=name)
+        report.row("signals for 90 % of the contributions", spread[name].mean(), dictionary=name)
         if name == "native":
             native = A, change, which
     if laboratory.baseline:
@@ -184,7 +185,7 @@ def run(laboratory, c=None):
     spins = [f"rotated {i}" for i in range(len(turned))]
     texts = (
         "the strongest signal of a prompt lowers log p of its top token by more than in other dictionaries",
-        "fewer signals carry 90 % of the logit difference between top and second token",
+        "fewer signals hold 90 % of the contributions, by size, to top minus second logit",
     )
     for text, values, lower in ((texts[0], drops, False), (texts[1], spread, True)):
         others = {name: values[name] for name in ("pca", "ica")}

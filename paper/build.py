@@ -50,7 +50,10 @@ def load(name):
 
 def rows(name, **where):
     """The lines of an experiment's rows as dicts, those that have these values; `value` as a number."""
-    with open(RESULTS / f"{name}.csv", encoding="utf-8", newline="") as f:
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        raise UserError(f"no paper/results/{name}.csv: python paper/collect.py makes it")
+    with open(path, encoding="utf-8", newline="") as f:
         found = [row for row in csv.DictReader(f) if all(row[k] == str(v) for k, v in where.items())]
     return [row | {"value": float(row["value"])} for row in found]
 
@@ -299,6 +302,7 @@ def readme():
 def main():
     configurator.parse()  # no settings: only --help
     start = time.perf_counter()
+    load("methods"), load("bench")  # for the text; the figures ask for the rest
     draw()
     try:
         import typst

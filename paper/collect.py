@@ -35,6 +35,7 @@ from hardware import parameter_table
 from model import ModelConfig, ReFlow
 
 RESULTS = Path(__file__).parent / "results"
+STUDIES = ("hard_sparsity", "convergence")
 
 
 @dataclass
@@ -72,15 +73,24 @@ def copy(result, folder):
 def methods():
     """{experiment: [its question, the paragraphs of its method]}, from the docstrings."""
     found = {}
-    for name in (*NAMES, "hard_sparsity", "convergence"):
+    for name in (*NAMES, *STUDIES):
         source = (Path(lab.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-        parts = [" ".join(p.split()) for p in ast.get_docstring(ast.parse(source)).split("\n\n")]
+        parts = [
+            " ".join(p.split()).replace("*", "").replace("`", "")
+            for p in ast.get_docstring(ast.parse(source)).split("\n\n")
+        ]
         found[name] = [p for p in parts if not p.startswith(("python ", "Claims ", "Cost"))]
     return found
 
 
 def main():
     (c,) = configurator.parse(CollectConfig)
+    needed = [Path(c.studies) / "experiments" / n / "result.json" for n in STUDIES] if c.studies else []
+    for file in needed + ([Path(c.bench)] if c.bench else []):
+        if not file.exists():
+            raise UserError(
+                f"no {file}: make studies and make bench write such results; nothing was collected"
+            )
     path = RESULTS / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in filter(None, c.runs.split(",")):
@@ -99,7 +109,7 @@ def main():
         runs[step.parent.name] = describe(step, state)
         print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
     if c.studies:
-        for name in ("hard_sparsity", "convergence"):
+        for name in STUDIES:
             copy(Path(c.studies) / "experiments" / name, RESULTS / "studies")
         for step, state in lab.find_runs(f"{c.studies}/*"):
             runs[step.parent.name] = describe(step, state)

@@ -261,6 +261,8 @@ def test_a_release_is_a_run(kind, tmp_path, monkeypatch, capsys):
     go(f"--run={to}", "--prompt=a", "--max_new_tokens=2", main=sample.main)
     go(f"--run={to}", f"--to={tmp_path / 'hf'}")
     assert (tmp_path / "hf" / "config.json").exists()
+    with pytest.raises(UserError, match="one checkpoint, not a run"):  # nothing to resume, nothing to mix
+        go(f"--out_dir={to}", "--resume", "--device=cpu", main=train.main)
 
 
 def test_only_an_export_is_replaced(tmp_path, monkeypatch):

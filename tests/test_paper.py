@@ -127,3 +127,19 @@ def test_collect_refuses_results_of_another_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(collect.UserError, match="another checkpoint"):
         collect.main()
     assert not (tmp_path / "results").exists()
+
+
+def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    """Studies or a bench that were not run, and a result that was deleted: one line, nothing half written."""
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    for option in ("studies", "bench"):
+        monkeypatch.setattr(collect.sys, "argv", ["collect.py", f"--{option}={tmp_path / 'nothing'}"])
+        with pytest.raises(collect.UserError, match="nothing was collected"):
+            collect.main()
+    assert not (tmp_path / "results").exists()
+    shutil.copytree(build.RESULTS, tmp_path / "results")
+    run = build.SUBJECT["runs"]["factored"]
+    (tmp_path / "results" / run / "sparsity_profile.csv").unlink()
+    monkeypatch.setattr(build, "RESULTS", tmp_path / "results")
+    with pytest.raises(build.UserError, match="sparsity_profile.csv"):
+        build.sparsity(run)
