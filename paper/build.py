@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import csv
 import hashlib
 import json
+import textwrap
 import time
 
 import numpy as np
@@ -101,19 +102,14 @@ def rivals(run):
                 x = np.sign(x) * (abs(x) if abs(x) <= 3 else 3 + np.log10(abs(x) / 3))  # far ones move in
                 big = name == "native"
                 ax.scatter(x, y, 46 if big else 26, COLOURS[name], marker=marks[name], zorder=3 if big else 2)
-    ax.set_yticks(range(len(claims), 0, -1), [short(c["claim"]) for c in claims], fontsize=7)
+    labels = [textwrap.fill(c["claim"].partition(" (")[0], 62) for c in claims]
+    ax.set_yticks(range(len(claims), 0, -1), labels, fontsize=7)
     ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
     ax.axvline(1, color="#999999", lw=0.8, ls=":")
     handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
     handles.append(ax.plot([], [], color=COLOURS["rotated"], lw=7, alpha=0.45, label="random gauges")[0])
     ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
     save(fig, "rivals")
-
-
-def short(text, width=62):
-    """The beginning of a claim, cut at a word."""
-    text = text.partition(" (")[0]
-    return text if len(text) <= width else text[:width].rsplit(" ", 1)[0] + " ..."
 
 
 def sparsity(run):
