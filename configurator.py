@@ -96,6 +96,8 @@ def read_file(path):
         # Its own folder and config/, so that a bare `reflow_nano` finds its file too.
         files = {file.name: file for folder in (Path("config"), path.parent) for file in folder.glob("*.py")}
         hint = "".join(f": did you mean {files[name]}?" for name in get_close_matches(path.name, files, n=1))
+        if path.is_dir():
+            hint = f": a run's folder is given as --run={path}"
         raise UserError(f"no config file {path}{hint}") from None
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None

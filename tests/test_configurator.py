@@ -186,6 +186,7 @@ def test_missing_file_suggests_the_nearest(write):
     assert mistake("config/reflow_nan.py") == f"no config file config/reflow_nan.py: {wanted}"
     assert mistake("reflow_nano") == f"no config file reflow_nano: {wanted}"
     assert mistake("elsewhere/zzz") == "no config file elsewhere/zzz"
+    assert mistake("config") == "no config file config: a run's folder is given as --run=config"
 
 
 @pytest.mark.parametrize(
