@@ -246,6 +246,7 @@ def model_card(model, state, source, folder, dtype, card=CARD):
         **asdict(c) | {"vocabulary": kinds[c.vocab].format(c.signals), "title": folder.name},
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=dtype,
+        rounded="" if dtype == "fp32" else ", before they were rounded",
         origin=origin,
         source=source,
         loss=state["whole_val_loss"] or state["val_loss"],
@@ -312,14 +313,14 @@ def release(step, to, dtype="fp32"):
     model, state = checkpoint.load_model(step)
     weights = {name: w.to(DTYPES[dtype]).contiguous() for name, w in model.state_dict().items()}
     kept = ("step", "config", "data_sha256", "val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
-    rounded = "" if dtype == "fp32" else ", before they were rounded"
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
         sizes = {"model.safetensors": (folder / "model.safetensors").stat().st_size}
         more = {"versions": versions(), "sizes": sizes, "release": dtype}
         write_json(folder / "state.json", {key: state.get(key) for key in kept} | more)
-        card = RELEASE.replace("{rounded}", rounded)
-        (folder / "README.md").write_text(model_card(model, state, step, to, dtype, card), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(model, state, step, to, dtype, RELEASE), encoding="utf-8"
+        )
     return model
 
 

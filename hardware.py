@@ -44,6 +44,12 @@ def parameter_table(model):
     return table
 
 
+def count_parameters(config):
+    """Parameters of the model that a ModelConfig describes; no memory is taken for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ReFlow(config).parameters())
+
+
 def flops_per_token(config, length):
     """Floating-point operations of a training step per token, at sequences of `length`: three times the
     forward pass, which spends 2 on each weight of each product and 4 * length * d a layer on attention

@@ -292,6 +292,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = None  # tokens of each row, a list; None before the first call
         self.mask = None  # (B, 1, 1, longest), only while rows differ in length
+        self.at = None  # where in (B, H_kv, capacity, D) the newest token goes
 
     def advance(self, device):
         """Make room for one more token a row; its positions (B, 1)."""
@@ -301,17 +302,15 @@ class KVCache:
         ragged = min(self.lengths) < longest
         held = torch.arange(longest, device=device) <= positions[:, None]  # (B, longest)
         self.mask = held[:, None, None] if ragged else None
+        rows = torch.arange(len(positions), device=device)
+        self.at = (rows, slice(None), positions) if ragged else (slice(None), slice(None), longest - 1)
         return positions[:, None]
 
     def append(self, layer, k, v):
         """Write one token's k, v (B, H_kv, 1, D); return all of them so far (B, H_kv, longest, D)."""
         longest = max(self.lengths)
-        at = (slice(None), slice(None), longest - 1)
-        if self.mask is not None:
-            rows = torch.arange(k.size(0), device=k.device)
-            at = (rows, slice(None), torch.tensor(self.lengths, device=k.device) - 1)
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[at] = new[:, :, 0]
+            store[self.at] = new[:, :, 0]
         return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
 
 
@@ -457,10 +456,8 @@ class ReFlow(nn.Module):
                 padded = [w + [0] * (max(lengths) - len(w)) for w in windows]
                 h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
                 h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
-            logits = linear(self.vocab.signals(h), recipes).float()[
-                :, : self.config.n_tokens
-            ]  # (B, n_tokens)
-            tokens = sample_token(logits, **how).tolist()
+            logits = linear(self.vocab.signals(h), recipes).float()  # (B, V)
+            tokens = sample_token(logits[:, : self.config.n_tokens], **how).tolist()
             for row, token in zip(rows, tokens, strict=True):
                 row.append(token)
             yield [None if finished else token for token, finished in zip(tokens, done, strict=True)]

@@ -45,9 +45,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens only; None: all
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
-    steer: str | None = (
-        None  # sign, word or signal, strength, layers: "+joy:0.5@0-2,-s17:0.5@1"; None: nothing
-    )
+    steer: str | None = None  # sign, word or signal, strength, layers: "+joy:.5@0-2,-s17:.5@1"; None: nothing
     seed: int = 0  # of the samples
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs

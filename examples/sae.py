@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 import checkpoint
-from checkpoint import build_model
 from configurator import UserError
 from data.tokenizer import encode
 from export import read_llama
@@ -79,7 +78,7 @@ def explained(dictionary, x):
 def main():
     (c,) = configurator.parse(DictionaryConfig)
     dictionary, _ = open_dictionary(c.export)
-    model = build_model(*read_llama(Path(c.export)))
+    model = checkpoint.build_model(*read_llama(Path(c.export)))
     E, S = model.vocab.matrix(), len(dictionary.W_dec)
     print(f"{S} signals of width {E.size(1)}; embeddings are reconstructed to within", end=" ")
     print(f"{(dictionary(E) - E).abs().max():.1e}")

@@ -33,12 +33,11 @@ import json
 from collections import defaultdict
 
 import numpy as np
-import torch
 
 from configurator import UserError
 from experiments import lab
-from hardware import parameter_table
-from model import ModelConfig, ReFlow
+from hardware import count_parameters
+from model import ModelConfig
 
 PUBLISHED = "about 3 % at 464M, about 1 % at 515M (OpenWebText)"
 COLOURS = {"factored": lab.COLOURS["native"], "dense": lab.COLOURS["baseline"], "topk": lab.COLOURS["ica"]}
@@ -65,8 +64,7 @@ def collect(runs):
     table = defaultdict(dict)
     for step, state in runs:
         m, seed = state["config"]["model"], state["config"]["train"]["seed"]
-        with torch.device("meta"):
-            parameters = sum(parameter_table(ReFlow(ModelConfig(**m))).values())
+        parameters = count_parameters(ModelConfig(**m))
         size = f"{m['n_layer']}x{m['n_embd']}"
         table[m["vocab"], size][seed] = state["whole_val_loss"], parameters, step.parent
     return dict(table)

@@ -200,7 +200,7 @@ def open_subject(name, step, device):
     """(Subject, state) of a checkpoint folder, in fp32. Raises UserError."""
     net, state = checkpoint.load_model(step, device)
     loss = state.get("whole_val_loss") or state.get("val_loss")
-    return Subject(name, net.float(), loss, step=step), state
+    return Subject(name, net, loss, step=step), state
 
 
 def newest_with_signals(out="out"):
@@ -333,13 +333,11 @@ class Lab:
         for folder in (root / name, Path(name)):
             if (folder / "meta.json").exists():
                 return folder
-        if not (root / "sotu" / "meta.json").exists():
-            from data.sotu.prepare import prepare
-
-            prepare()
         if name != "sotu":
             print(f"the run's dataset {name} is not here: token counts and held-out text come from data/sotu")
-        return root / "sotu"
+        from train import find_dataset  # here alone, and slow to import
+
+        return find_dataset("sotu")
 
     @functools.cached_property
     def counts(self):

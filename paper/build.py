@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import csv
 import hashlib
+import io
 import json
 import textwrap
 import time
@@ -27,13 +28,13 @@ import numpy as np
 import bench
 from checkpoint import write_atomically
 from configurator import UserError
+from experiments.convergence import COLOURS as KINDS
 from experiments.lab import COLOURS, pyplot
 from experiments.run_all import NAMES
 
 PAPER = Path(__file__).resolve().parent
 RESULTS, FIGURES = PAPER / "results", PAPER / "figures"
 README = PAPER.parent / "README.md"
-KINDS = {"factored": COLOURS["native"], "dense": COLOURS["baseline"], "topk": COLOURS["ica"]}
 SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # which runs the paper is about
 
 
@@ -41,21 +42,23 @@ SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # wh
 # Results
 
 
-def load(name):
-    """A file of paper/results as JSON. Raises UserError if it is missing."""
+def read(file):
+    """The text of a file of paper/results. Raises UserError if it is missing."""
     try:
-        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return (RESULTS / file).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no paper/results/{name}.json: python paper/collect.py makes it") from None
+        raise UserError(f"no paper/results/{file}: python paper/collect.py makes it") from None
+
+
+def load(name):
+    """A file of paper/results as JSON. UserError."""
+    return json.loads(read(f"{name}.json"))
 
 
 def rows(name, **where):
     """The lines of an experiment's rows as dicts, those that have these values; `value` as a number."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        raise UserError(f"no paper/results/{name}.csv: python paper/collect.py makes it")
-    with open(path, encoding="utf-8", newline="") as f:
-        found = [row for row in csv.DictReader(f) if all(row[k] == str(v) for k, v in where.items())]
+    table = csv.DictReader(io.StringIO(read(f"{name}.csv")))
+    found = [row for row in table if all(row[k] == str(v) for k, v in where.items())]
     return [row | {"value": float(row["value"])} for row in found]
 
 
@@ -116,17 +119,17 @@ def sparsity(run):
     """The functional curve: loss added when only the k largest signals of each recipe are kept."""
     fig, (left, right) = pyplot().subplots(1, 2, figsize=(7, 2.6))
     name = f"{run}/sparsity_profile"
-    for dictionary in ("native", "rotated", "pca", "ica"):
+    shown = ("native", "rotated", "pca", "ica")
+    for dictionary in shown:
         found = [r for r in rows(name, dictionary=dictionary) if r["metric"].startswith("loss added, top ")]
         k, loss = [int(r["metric"].rsplit(" ", 1)[1]) for r in found], [r["value"] for r in found]
         left.plot(k, loss, "o-", ms=3, color=COLOURS[dictionary], label=dictionary)
-        active = load(name)["numbers"]["active"].get(dictionary, {})
+    for dictionary, active in load(name)["numbers"]["active"].items():
         x, y = [float(t) for t in active], [100 * v for v in active.values()]
-        right.plot(x, y, "o-", ms=3, color=COLOURS[dictionary])
-    gaussian = load(name)["numbers"]["active"].get("gaussian", {})
-    right.plot(
-        [float(t) for t in gaussian], [100 * v for v in gaussian.values()], "k--", lw=1, label="Gaussian"
-    )
+        if dictionary == "gaussian":
+            right.plot(x, y, "k--", lw=1, label="Gaussian")
+        elif dictionary in shown:
+            right.plot(x, y, "o-", ms=3, color=COLOURS[dictionary])
     left.set(xlabel="signals kept of each recipe", ylabel="loss added, nats per token", xscale="log")
     left.set_xticks(k, [str(n) for n in k])
     left.minorticks_off()

@@ -23,16 +23,14 @@ import json
 import shutil
 from statistics import median
 
-import torch
-
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments import lab
 from experiments.convergence import curve
 from experiments.run_all import NAMES
-from hardware import parameter_table
-from model import ModelConfig, ReFlow
+from hardware import count_parameters
+from model import ModelConfig
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("hard_sparsity", "convergence")
@@ -48,13 +46,11 @@ class CollectConfig:
 def describe(step, state):
     """What runs.json holds of a run."""
     config, metrics = state["config"], step.parent / "metrics.jsonl"
-    with torch.device("meta"):
-        parameters = sum(parameter_table(ReFlow(ModelConfig(**config["model"]))).values())
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps, losses = curve(step.parent)
     return lab.run_identity(step, state) | {
         "config": config,
-        "parameters": parameters,
+        "parameters": count_parameters(ModelConfig(**config["model"])),
         "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
         "tokens_per_s": median(r["tokens_per_s"] for r in rows if r.get("tokens_per_s")),
         "whole_val_loss": state["whole_val_loss"],
@@ -93,6 +89,7 @@ def main():
             )
     path = RESULTS / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    chosen = []  # all are checked before anything is written
     for name in filter(None, c.runs.split(",")):
         step = checkpoint.find(name)
         state = checkpoint.read_state(step)
@@ -104,6 +101,8 @@ def main():
             if made_from != identity:
                 again = f"python experiments/run_all.py --run={step.parent}"
                 raise UserError(f"{folder} belongs to another checkpoint or configuration: {again}")
+        chosen.append((step, state, found))
+    for step, state, found in chosen:
         for folder in found:
             copy(folder, RESULTS / step.parent.name)
         runs[step.parent.name] = describe(step, state)
