@@ -209,7 +209,7 @@ tags: [reflow, llama, interpretability]
 A reFlow language model, {vocabulary}, folded into a Llama with tied embeddings: {parameters:,} parameters,
 {n_layer} layers, width {n_embd}, context {block_size} tokens, GPT-2 tokenizer, weights in {dtype}.
 
-- {origin}.
+- {origin}
 - Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte.
 - A research model: it has no safety training and knows no facts worth relying on.
 
@@ -232,15 +232,26 @@ and with the final, normalised residual stream h, `(h @ basis.T) @ recipes.T` ar
 """
 
 
+def licence_of_texts(dataset, data_sha256):
+    """What the data set here says of its texts' licence, as a sentence; nothing if it is not the run's."""
+    with contextlib.suppress(UserError):
+        data = Dataset(find_dataset(dataset), "val", 1)
+        if data.licence and data.data_sha256 == data_sha256:
+            return f" Its texts keep their licence: {data.licence.rstrip('.')}."
+    return ""
+
+
 def model_card(model, state, source, folder, dtype, card=CARD):
     c, train = model.config, state["config"].get("train", {})
     kinds = {
         "factored": "its vocabulary a product of recipes and {} signals",
         "dense": "its vocabulary dense",
     }
-    origin = f"Trained on `{train.get('dataset')}`, {state['step']:,} steps"
     if "imported_from" in train:
-        origin = f"Imported from `{train['imported_from']}`"
+        origin = f"Imported from `{train['imported_from']}`."
+    else:
+        origin = f"Trained on `{train.get('dataset')}`, {state['step']:,} steps."
+        origin += licence_of_texts(train.get("dataset", "sotu"), state.get("data_sha256"))
     kinds["topk"] = kinds["factored"] + f", {c.top_k} to a token"
     return card.format(
         **asdict(c) | {"vocabulary": kinds[c.vocab].format(c.signals), "title": folder.name},
@@ -263,7 +274,7 @@ RELEASE = """\
 A reFlow language model, {vocabulary}: {parameters:,} parameters, {n_layer} layers, width {n_embd}, context
 {block_size} tokens, GPT-2 tokenizer, weights in {dtype}. MIT licence.
 
-- {origin}.
+- {origin}
 - Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{rounded}.
 - A research model: it has no safety training and knows no facts worth relying on.
 

@@ -6,7 +6,10 @@ import re
 import shutil
 
 import pytest
+import torch
 
+import checkpoint
+from data.tokenizer import encoding
 from paper import build, collect
 
 PAPER = build.PAPER
@@ -101,6 +104,19 @@ def test_it_builds_and_a_missing_result_stops_it(tmp_path):
     (tmp_path / "paper" / "results" / "bench.json").unlink()
     with pytest.raises(typst.TypstError, match="bench.json"):
         typst.compile(tmp_path / "paper" / "paper.typ", root=tmp_path)
+
+
+def test_the_released_model_is_the_run_of_the_paper():
+    """release/reflow-mini, under 40 MB, has the configuration and step of runs.json, and predicts English."""
+    folder = PAPER.parent / "release" / "reflow-mini"
+    assert sum(p.stat().st_size for p in folder.iterdir() if p.is_file()) < 40e6
+    model, state = checkpoint.load_model(checkpoint.find(folder))
+    run = runs()["reflow-mini"]
+    assert (sha256(state["config"]), state["step"]) == (run["config_sha256"], run["step"])
+    tokens = encoding().encode_ordinary("The President of the United States is elected by the people of the")
+    with torch.no_grad():
+        _, loss = model(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))
+    assert loss < 6  # a guess costs 10.8
 
 
 def test_the_committed_results_are_small():
