@@ -8,8 +8,8 @@ Validation loss: 5.5726 (1.923 bits per byte) over the whole split. With S = d t
 basis can be any matrix, so that nothing is lost against gpt2_new_mini by rank, and every rotation of the
 signals is a fair control. release/reflow-mini holds the trained weights.
 
-Shape and length are what two CPU cores without bf16 instructions train in about an hour (740 to 845 tokens/s in
-fp32, where width 256 reaches 590 and one pass over the corpus would take sixteen hours).
+Shape and length are what two CPU cores without bf16 instructions train in about an hour (740 to 845 tokens/s
+in fp32, where width 256 reaches 590 and one pass over the corpus would take sixteen hours).
 """
 
 out_dir = "out/reflow-mini"
