@@ -193,7 +193,7 @@ def curves(subject):
             tokens = run["tokens"] / run["step"]
             points = [(s * tokens / 1e6, v) for s, v in run["curve"] if s]
             left.plot(*zip(*points, strict=True), color=KINDS[kind], label=kind)
-    left.set(xlabel="million tokens", ylabel="validation loss, nats per token", xscale="log")
+    left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
     left.legend()
     numbers = load("studies/convergence")["numbers"]
     sizes = sorted({key.split()[1] for key in numbers}, key=lambda s: int(s.split("x")[1]))
@@ -228,6 +228,24 @@ def number(e):
     return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
 
 
+def coordinates(claims):
+    """How often a run's signals beat all gauges, beside the coordinates of the plain model's embedding."""
+    plain = SUBJECT.get("coordinates")
+    if plain is None:
+        return ["Claims with a published counterpart:"]
+    other = [c for name in NAMES for c in load(f"{plain}/{name}")["claims"]]
+    beats = [
+        sum(c["kind"] == "signals" and c["reason"].startswith("beats") for c in cs)
+        for cs in ([c for _, c in claims], other)
+    ]
+    held = sum(c["kind"] == "signals" and c["verdict"] == "supported" for c in other)
+    return [
+        f"The learned signals beat all 19 random changes of gauge in {beats[0]} claims of kind signals; the"
+        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {beats[1]}, and"
+        f" support {held}. Claims with a published counterpart:",
+    ]
+
+
 def section():
     """The README's results: what was published, what was measured, what decided, as Markdown."""
     run = SUBJECT["runs"]["factored"]
@@ -243,7 +261,8 @@ def section():
         f"`{run}`, {r['parameters']:,} parameters, {r['tokens'] / 1e6:.2f}M tokens of training.",
         f"Validation loss, nats per token, one seed each: {losses}.",
         f"Supported: {held['effect']} of {len(kinds['effect'])} claims of kind effect, {held['signals']} of"
-        f" {len(kinds['signals'])} of kind signals. Those with a published counterpart:",
+        f" {len(kinds['signals'])} of kind signals.",
+        *coordinates(claims),
         "",
         "| claim | published | measured, 95 % interval | decided by | verdict |",
         "|---|---|---|---|---|",

@@ -44,15 +44,18 @@ class CollectConfig:
 
 
 def describe(step, state):
-    """What runs.json holds of a run."""
+    """What runs.json holds of a run; one that export.py made of another has no curve and no speed."""
     config, metrics = state["config"], step.parent / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps, losses = curve(step.parent)
+    rows, steps, losses = [], (), ()
+    if metrics.exists():
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        steps, losses = curve(step.parent)
+    speeds = [r["tokens_per_s"] for r in rows if r.get("tokens_per_s")]
     return lab.run_identity(step, state) | {
         "config": config,
         "parameters": count_parameters(ModelConfig(**config["model"])),
         "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
-        "tokens_per_s": median(r["tokens_per_s"] for r in rows if r.get("tokens_per_s")),
+        "tokens_per_s": median(speeds) if speeds else None,
         "whole_val_loss": state["whole_val_loss"],
         "bits_per_byte": state["bits_per_byte"],
         "curve": [[int(s), float(v)] for s, v in zip(steps, losses, strict=True)],
