@@ -26,11 +26,13 @@ from statistics import median
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
+from data.shards import read_json
 from experiments import lab
 from experiments.convergence import curve
 from experiments.run_all import NAMES
 from hardware import count_parameters
 from model import ModelConfig
+from train import find_dataset
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("hard_sparsity", "convergence")
@@ -43,6 +45,14 @@ class CollectConfig:
     bench: str = ""  # bench.py's file
 
 
+def corpus(name):
+    """Source and tokens of a data set. UserError if it is not there."""
+    meta = read_json(find_dataset(name) / "meta.json")
+    if meta is None:
+        raise UserError(f"no dataset {name}: python data/{name}/prepare.py makes it")
+    return {"source": meta["source"]} | {f"{k}_tokens": v["tokens"] for k, v in meta["splits"].items()}
+
+
 def describe(step, state):
     """What runs.json holds of a run; one that export.py made of another has no curve and no speed."""
     config, metrics = state["config"], step.parent / "metrics.jsonl"
@@ -53,6 +63,7 @@ def describe(step, state):
     speeds = [r["tokens_per_s"] for r in rows if r.get("tokens_per_s")]
     return lab.run_identity(step, state) | {
         "config": config,
+        "corpus": corpus(config["train"]["dataset"]),
         "parameters": count_parameters(ModelConfig(**config["model"])),
         "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
         "tokens_per_s": median(speeds) if speeds else None,
