@@ -284,6 +284,9 @@ python experiments/run_all.py --run={folder}
 python export.py --run={folder} --to=out/hf-{title}     # for other people's tools
 ```
 
+Where the data it was trained on is not prepared, the experiments count words and take held-out text from the
+embedded corpus: their numbers, and some verdicts, then differ.
+
 `state.json` holds the configuration; there is no optimiser state. Step 0, the control of many experiments, is
 made again from the seed. Written by
 `python export.py --run={source} --form=reflow --dtype={dtype} --to={folder}`.

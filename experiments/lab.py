@@ -238,9 +238,7 @@ class Lab:
         else:
             step = self._find_baseline()
         if step is None:
-            print(
-                "no baseline beside this run: train one, for example: python train.py config/gpt2_new_nano.py"
-            )
+            print("no baseline beside this run: train config/gpt2_new_nano.py (or _mini), or give --baseline")
             return None
         return open_subject("baseline", step, self.device)[0]
 

@@ -241,8 +241,8 @@ def coordinates(claims):
     held = sum(c["kind"] == "signals" and c["verdict"] == "supported" for c in other)
     return [
         f"The learned signals beat all 19 random changes of gauge in {beats[0]} claims of kind signals; the"
-        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {beats[1]}, and"
-        f" support {held}. Claims with a published counterpart:",
+        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {beats[1]}"
+        f" ({held} supported). Claims with a published counterpart:",
     ]
 
 
