@@ -40,7 +40,7 @@ from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT, N_TOKENS, encoding
 from experiments import lab
 from model import ModelConfig
-from train import evaluate, find_dataset, versions
+from train import evaluate, find_data, find_dataset, versions
 
 
 @dataclass
@@ -232,15 +232,6 @@ and with the final, normalised residual stream h, `(h @ basis.T) @ recipes.T` ar
 """
 
 
-def licence_of_texts(dataset, data_sha256):
-    """What the data set here says of its texts' licence, as a sentence; nothing if it is not the run's."""
-    with contextlib.suppress(UserError):
-        data = Dataset(find_dataset(dataset), "val", 1)
-        if data.licence and data.data_sha256 == data_sha256:
-            return f" Its texts keep their licence: {data.licence.rstrip('.')}."
-    return ""
-
-
 def model_card(model, state, source, folder, dtype, card=CARD):
     c, train = model.config, state["config"].get("train", {})
     kinds = {
@@ -251,7 +242,9 @@ def model_card(model, state, source, folder, dtype, card=CARD):
         origin = f"Imported from `{train['imported_from']}`."
     else:
         origin = f"Trained on `{train.get('dataset')}`, {state['step']:,} steps."
-        origin += licence_of_texts(train.get("dataset", "sotu"), state.get("data_sha256"))
+        data = find_data(state)
+        if data and (licence := data.meta.get("licence")):
+            origin += f" Its texts keep their licence: {licence.rstrip('.')}."
     kinds["topk"] = kinds["factored"] + f", {c.top_k} to a token"
     return card.format(
         **asdict(c) | {"vocabulary": kinds[c.vocab].format(c.signals), "title": folder.name},

@@ -265,6 +265,16 @@ def find_dataset(name):
     return folder
 
 
+def find_data(state):
+    """The validation split of the data that a checkpoint's run was trained on; None if that is not here."""
+    with contextlib.suppress(UserError):
+        name = state["config"].get("train", {}).get("dataset", "sotu")
+        data = Dataset(find_dataset(name), "val", 1)
+        if data.data_sha256 == state.get("data_sha256"):
+            return data
+    return None
+
+
 def read_origin(m, c):
     """(the model that --init_from names, the ModelConfig to train it with). UserError.
 

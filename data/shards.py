@@ -195,8 +195,8 @@ class Dataset:
     are memory-mapped, so a corpus may be larger than memory.
 
     Attributes: `n_windows`; `tokens` and `bytes` of the split (bits per byte = nats per token / ln 2 * tokens
-    / bytes); `data_sha256`, which identifies the text, its order and the tokenizer; `licence`, in words.
-    verify=True reads every shard once and checks its hash. UserError names a damaged file.
+    / bytes); `data_sha256`, which identifies the text, its order and the tokenizer; `meta`, all of
+    meta.json. verify=True reads every shard once and checks its hash. UserError names a damaged file.
     """
 
     def __init__(self, folder, split, block_size, verify=False):
@@ -213,7 +213,7 @@ class Dataset:
                 f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
             )
         self.data_sha256 = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        self.licence = meta.get("licence")
+        self.meta = meta
         self.tokens = meta["splits"][split]["tokens"]
         self.bytes = meta["splits"][split]["bytes"]
 

@@ -55,6 +55,16 @@ def load(name):
     return json.loads(read(f"{name}.json"))
 
 
+def claims(run):
+    """(experiment, claim) of a run's twelve experiments."""
+    return [(name, c) for name in NAMES for c in load(f"{run}/{name}")["claims"]]
+
+
+def signals(run):
+    """The claims about a run's signals."""
+    return [c for _, c in claims(run) if c["kind"] == "signals"]
+
+
 def rows(name, **where):
     """The lines of an experiment's rows as dicts, those that have these values; `value` as a number."""
     table = csv.DictReader(io.StringIO(read(f"{name}.csv")))
@@ -90,11 +100,11 @@ def save(fig, name):
 
 def rivals(run):
     """Every claim about signals on one scale: native, PCA, ICA and others against 19 gauges."""
-    claims = [c for name in NAMES for c in load(f"{run}/{name}")["claims"] if c["kind"] == "signals"]
-    fig, ax = pyplot().subplots(figsize=(7, 0.32 * len(claims) + 0.9))
+    shown = signals(run)
+    fig, ax = pyplot().subplots(figsize=(7, 0.32 * len(shown) + 0.9))
     marks = {"native": "D", "pca": "o", "ica": "o", "E": "s", "baseline": "s"}
-    for i, claim in enumerate(claims):
-        y, sign = len(claims) - i, -1 if claim["lower"] else 1
+    for i, claim in enumerate(shown):
+        y, sign = len(shown) - i, -1 if claim["lower"] else 1
         spread = next(v for k, v in claim["controls"].items() if k.endswith("(range)"))
         middle, half = (spread["low"] + spread["high"]) / 2, (spread["high"] - spread["low"]) / 2
         ax.plot([-1, 1], [y, y], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt", zorder=1)
@@ -105,8 +115,8 @@ def rivals(run):
                 x = np.sign(x) * (abs(x) if abs(x) <= 3 else 3 + np.log10(abs(x) / 3))  # far ones move in
                 big = name == "native"
                 ax.scatter(x, y, 46 if big else 26, COLOURS[name], marker=marks[name], zorder=3 if big else 2)
-    labels = [textwrap.fill(c["claim"].partition(" (")[0], 62) for c in claims]
-    ax.set_yticks(range(len(claims), 0, -1), labels, fontsize=7)
+    labels = [textwrap.fill(c["claim"].partition(" (")[0], 62) for c in shown]
+    ax.set_yticks(range(len(shown), 0, -1), labels, fontsize=7)
     ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
     ax.axvline(1, color="#999999", lw=0.8, ls=":")
     handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
@@ -228,31 +238,27 @@ def number(e):
     return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
 
 
-def coordinates(claims):
+def supported(found):
+    """How many of these claims are supported."""
+    return sum(c["verdict"] == "supported" for c in found)
+
+
+def privilege(run):
     """How often a run's signals beat all gauges, beside the coordinates of the plain model's embedding."""
-    plain = SUBJECT.get("coordinates")
-    if plain is None:
-        return ["Claims with a published counterpart:"]
-    other = [c for name in NAMES for c in load(f"{plain}/{name}")["claims"]]
-    beats = [
-        sum(c["kind"] == "signals" and c["reason"].startswith("beats") for c in cs)
-        for cs in ([c for _, c in claims], other)
-    ]
-    held = sum(c["kind"] == "signals" and c["verdict"] == "supported" for c in other)
-    return [
-        f"The learned signals beat all 19 random changes of gauge in {beats[0]} claims of kind signals; the"
-        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {beats[1]}"
-        f" ({held} supported). Claims with a published counterpart:",
-    ]
+    plain = SUBJECT["coordinates"]
+    native, other = (sum(c["reason"].startswith("beats") for c in signals(r)) for r in (run, plain))
+    return (
+        f"The learned signals beat all 19 random changes of gauge in {native} claims of kind signals; the"
+        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {other}"
+        f" ({supported(signals(plain))} supported). Claims with a published counterpart:"
+    )
 
 
 def section():
     """The README's results: what was published, what was measured, what decided, as Markdown."""
     run = SUBJECT["runs"]["factored"]
-    runs, results = load("runs"), [load(f"{run}/{name}") for name in NAMES]
-    claims = [(r["experiment"], c) for r in results for c in r["claims"]]
-    kinds = {k: [c for _, c in claims if c["kind"] == k] for k in ("effect", "signals")}
-    held = {k: sum(c["verdict"] == "supported" for c in v) for k, v in kinds.items()}
+    runs, found = load("runs"), claims(run)
+    effects = [c for _, c in found if c["kind"] == "effect"]
     losses = ", ".join(
         f"`{name}` {runs[name]['whole_val_loss']:.3f}" for name in SUBJECT["runs"].values() if name in runs
     )
@@ -260,14 +266,14 @@ def section():
     lines = [
         f"`{run}`, {r['parameters']:,} parameters, {r['tokens'] / 1e6:.2f}M tokens of training.",
         f"Validation loss, nats per token, one seed each: {losses}.",
-        f"Supported: {held['effect']} of {len(kinds['effect'])} claims of kind effect, {held['signals']} of"
-        f" {len(kinds['signals'])} of kind signals.",
-        *coordinates(claims),
+        f"Supported: {supported(effects)} of {len(effects)} claims of kind effect,"
+        f" {supported(signals(run))} of {len(signals(run))} of kind signals.",
+        privilege(run),
         "",
         "| claim | published | measured, 95 % interval | decided by | verdict |",
         "|---|---|---|---|---|",
     ]
-    for name, c in claims:
+    for name, c in found:
         if c["published"]:
             cells = (
                 f"`{name}`: {c['claim']}",

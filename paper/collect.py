@@ -26,13 +26,12 @@ from statistics import median
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
-from data.shards import read_json
 from experiments import lab
 from experiments.convergence import curve
 from experiments.run_all import NAMES
 from hardware import count_parameters
 from model import ModelConfig
-from train import find_dataset
+from train import find_data
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("hard_sparsity", "convergence")
@@ -45,12 +44,14 @@ class CollectConfig:
     bench: str = ""  # bench.py's file
 
 
-def corpus(name):
-    """Source and tokens of a data set. UserError if it is not there."""
-    meta = read_json(find_dataset(name) / "meta.json")
-    if meta is None:
-        raise UserError(f"no dataset {name}: python data/{name}/prepare.py makes it")
-    return {"source": meta["source"]} | {f"{k}_tokens": v["tokens"] for k, v in meta["splits"].items()}
+def corpus(state):
+    """Source and tokens of the data that a run was trained on. UserError if that is not there."""
+    data = find_data(state)
+    if data is None:
+        name = state["config"]["train"]["dataset"]
+        raise UserError(f"the dataset {name} that the run was trained on is not here: prepare it again")
+    tokens = {f"{split}_tokens": s["tokens"] for split, s in data.meta["splits"].items()}
+    return {"source": data.meta["source"]} | tokens
 
 
 def describe(step, state):
@@ -63,7 +64,7 @@ def describe(step, state):
     speeds = [r["tokens_per_s"] for r in rows if r.get("tokens_per_s")]
     return lab.run_identity(step, state) | {
         "config": config,
-        "corpus": corpus(config["train"]["dataset"]),
+        "corpus": corpus(state),
         "parameters": count_parameters(ModelConfig(**config["model"])),
         "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
         "tokens_per_s": median(speeds) if speeds else None,
@@ -103,7 +104,7 @@ def main():
             )
     path = RESULTS / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    chosen = []  # all are checked before anything is written
+    copies = []  # (result's folder, where it goes): all are checked before anything is written
     for name in filter(None, c.runs.split(",")):
         step = checkpoint.find(name)
         state = checkpoint.read_state(step)
@@ -115,21 +116,18 @@ def main():
             if made_from != identity:
                 again = f"python experiments/run_all.py --run={step.parent}"
                 raise UserError(f"{folder} belongs to another checkpoint or configuration: {again}")
-        chosen.append((step, state, found))
-    for step, state, found in chosen:
-        for folder in found:
-            copy(folder, RESULTS / step.parent.name)
         runs[step.parent.name] = describe(step, state)
+        copies += [(folder, step.parent.name) for folder in found]
         print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
     if c.studies:
-        for name in STUDIES:
-            copy(Path(c.studies) / "experiments" / name, RESULTS / "studies")
+        copies += [(Path(c.studies) / "experiments" / name, "studies") for name in STUDIES]
         for step, state in lab.find_runs(f"{c.studies}/*"):
             runs[step.parent.name] = describe(step, state)
-    if c.bench:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(c.bench, RESULTS / "bench.json")
+    for folder, name in copies:
+        copy(folder, RESULTS / name)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if c.bench:
+        shutil.copyfile(c.bench, RESULTS / "bench.json")
     write_atomically(RESULTS / "methods.json", json.dumps(methods(), indent=1))
     write_atomically(path, json.dumps(runs, indent=1, sort_keys=True))
     print(f"{path}: {len(runs)} runs")

@@ -145,6 +145,18 @@ def test_collect_refuses_results_of_another_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_run_whose_data_is_not_here_is_not_collected(tmp_path, monkeypatch):
+    """Sources and tokens are those of the data it was trained on; without it nothing is written."""
+    state = {"step": 2, "config": {"model": {}, "train": {"dataset": "sotu"}}, "data_sha256": "another"}
+    monkeypatch.setattr(collect.checkpoint, "find", lambda name: tmp_path / "run" / "step_000002")
+    monkeypatch.setattr(collect.checkpoint, "read_state", lambda step: state)
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(collect.sys, "argv", ["collect.py", "--runs=run"])
+    with pytest.raises(collect.UserError, match="sotu that the run was trained on is not here"):
+        collect.main()
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch):
     """Studies or a bench that were not run, and a result that was deleted: one line, nothing half written."""
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
