@@ -20,32 +20,23 @@ Cost: seconds, reads metrics only.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 
 if __name__ == "__main__":
-    configurator.help(__file__)
+    configurator.help(__file__, "study.py")
 
 import json
-from collections import defaultdict
 
 import numpy as np
 
 from configurator import UserError
-from experiments import lab
-from hardware import count_parameters
-from model import ModelConfig
+from experiments import lab, study
 
 PUBLISHED = "about 3 % at 464M, about 1 % at 515M (OpenWebText)"
 COLOURS = {"factored": lab.COLOURS["native"], "dense": lab.COLOURS["baseline"], "topk": lab.COLOURS["ica"]}
-
-
-@dataclass
-class ConvergenceConfig:
-    runs: str = "out/studies/*"  # folders of runs, a glob in quotes
 
 
 def curve(folder):
@@ -57,17 +48,6 @@ def curve(folder):
             found[row["step"]] = row["val_loss"]
     steps = sorted(found)
     return np.array(steps), np.array([found[s] for s in steps])
-
-
-def collect(runs):
-    """{(kind, size): {seed: (loss, parameters, folder)}} of finished runs; size is "layers x width"."""
-    table = defaultdict(dict)
-    for step, state in runs:
-        m, seed = state["config"]["model"], state["config"]["train"]["seed"]
-        parameters = count_parameters(ModelConfig(**m))
-        size = f"{m['n_layer']}x{m['n_embd']}"
-        table[m["vocab"], size][seed] = state["whole_val_loss"], parameters, step.parent
-    return dict(table)
 
 
 def gaps(table, kind, size):
@@ -93,26 +73,8 @@ def gaps_at_equal_parameters(table, kind, size, sizes):
     return np.array(out), beyond
 
 
-def t_interval(values):
-    """Mean of values (n,) with its 95 % t interval; unbounded for fewer than three."""
-    from scipy.stats import t
-
-    if len(values) < 3:
-        return lab.Estimate(float(np.mean(values)) if len(values) else np.nan, -np.inf, np.inf)
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return lab.Estimate(float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half))
-
-
-def below(text, values, limit, unit, controls, published=""):
-    """A claim that the mean of `values` is below `limit`."""
-    found = t_interval(values)
-    verdict = "inconclusive" if len(values) < 3 else "supported" if found.high < limit else "not supported"
-    reason = f"the interval is {'' if found.high < limit else 'not '}below {limit:g}"
-    return lab.Claim(text, "effect", verdict, reason, unit, len(values), found, controls, published)
-
-
-def run(runs, folder):
-    table = collect(runs)
+def run(runs):
+    table = runs.by_shape()
     order = sorted(
         {size for _, size in table},
         key=lambda s: min(v[1] for k in table if k[1] == s for v in table[k].values()),
@@ -122,7 +84,7 @@ def run(runs, folder):
         raise UserError(
             "no factored and dense runs of one shape and seed among --runs: python experiments/studies.py"
         )
-    report = lab.Report(lab.Study(folder, runs), "convergence")
+    report = lab.Report(runs, "convergence")
     equal = {}
     for (kind, size), seeds in sorted(table.items()):
         for seed, (loss, parameters, run_folder) in sorted(seeds.items()):
@@ -139,9 +101,9 @@ def run(runs, folder):
                     report.row(metric, value, model=kind, control=size)
 
     largest = both[-1]
-    each = {s: t_interval(equal["factored", s][0]) for s in both}
+    each = {s: study.t_interval(equal["factored", s][0]) for s in both}
     report.claim(
-        below(
+        study.below(
             f"at equal depth and width ({largest}) the factored loss is less than 3 % above the dense one",
             equal["factored", largest][0],
             0.03,
@@ -152,19 +114,21 @@ def run(runs, folder):
     )
     same = equal["factored", largest][1]
     report.claim(
-        below(
+        study.below(
             f"at equal parameters ({largest}) the factored loss is below the dense one",
             same,
             0.0,
             "seeds",
-            {f"gap at {s}": t_interval(equal["factored", s][1]) for s in both[:-1]},
+            {f"gap at {s}": study.t_interval(equal["factored", s][1]) for s in both[:-1]},
         )
     )
     if len(both) > 1:
         seeds = min(len(equal["factored", s][0]) for s in (both[0], largest))
         change = equal["factored", largest][0][:seeds] - equal["factored", both[0]][0][:seeds]
         report.claim(
-            below(f"the gap at equal depth shrinks from {both[0]} to {largest}", change, 0.0, "seeds", {})
+            study.below(
+                f"the gap at equal depth shrinks from {both[0]} to {largest}", change, 0.0, "seeds", {}
+            )
         )
 
     titles = (
@@ -187,7 +151,10 @@ def run(runs, folder):
         lines.append(f"{kind:9} {size:7} {parameters:>11,} {text:30} {columns[0]:24} {columns[1]}".rstrip())
     report.gallery = "\n".join(lines)
     report.numbers = {
-        f"{kind} {size}": {"equal_depth": vars(t_interval(v)), "equal_parameters": vars(t_interval(s))}
+        f"{kind} {size}": {
+            "equal_depth": vars(study.t_interval(v)),
+            "equal_parameters": vars(study.t_interval(s)),
+        }
         for (kind, size), (v, s, _) in equal.items()
     }
     figure(report, table, order, each)
@@ -195,7 +162,7 @@ def run(runs, folder):
 
 
 def percent(values):
-    found = t_interval(values)
+    found = study.t_interval(values)
     if not len(values):
         return ""
     if len(values) < 3:
@@ -226,11 +193,5 @@ def figure(report, table, order, each):
     report.figure(fig, "curves", f"Factored against dense at equal depth: {text}")
 
 
-def main():
-    (c,) = configurator.parse(ConvergenceConfig)
-    runs = lab.find_runs(c.runs)
-    run(runs, Path(c.runs).parent).save()
-
-
 if __name__ == "__main__":
-    configurator.run(main)
+    study.compare(run)

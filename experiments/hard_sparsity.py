@@ -20,31 +20,24 @@ Cost: half a minute for three seeds of the nano shape.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 
 if __name__ == "__main__":
-    configurator.help(__file__)
+    configurator.help(__file__, "study.py")
 
 import numpy as np
 import torch
 
 import checkpoint
 from configurator import UserError
-from experiments import lab
-from experiments.convergence import below, collect, t_interval
+from experiments import lab, study
 from experiments.nearest_neighbors import chance, cosines, precision
 from experiments.semantic_algebra import CANDIDATES, QUESTIONS, build, ranks
 
 PUBLISHED = "cosine 0.76 to 0.30, analogies 3/3 to 0/3, silhouette -0.02 (464M, OpenWebText, Top-64)"
-
-
-@dataclass
-class HardSparsityConfig:
-    runs: str = "out/studies/*"  # folders of runs, a glob in quotes
 
 
 def positive_top(dictionary, k):
@@ -62,8 +55,8 @@ def meaning(codes, words, labels, questions, pool):
     return precision(near, labels, 5), 1 / rank, raw.amax(1).mean().item()
 
 
-def run(runs, folder):
-    table = collect(runs)
+def run(runs):
+    table = runs.by_shape()
     sizes = {size for kind, size in table if kind == "topk"} & {
         size for kind, size in table if kind == "factored"
     }
@@ -74,7 +67,7 @@ def run(runs, folder):
         seed: {kind: table[kind, size][seed][2] for kind in ("factored", "topk")}
         for seed in sorted(table["factored", size].keys() & table["topk", size].keys())
     }
-    report = lab.Report(lab.Study(folder, runs), "hard_sparsity")
+    report = lab.Report(runs, "hard_sparsity")
     room = lab.Lab(lab.LabConfig(run=str(pairs[min(pairs)]["factored"])))
     categories = room.categories()
     words = torch.tensor([i for ids in categories.values() for i in ids], device=room.device)
@@ -112,7 +105,7 @@ def run(runs, folder):
 
     gap = np.array([table["factored", size][s][0] / table["topk", size][s][0] - 1 for s in pairs])
     text = f"at equal data the factored model's loss is below the top-k model's ({size}, k = {k}; relative)"
-    report.claim(below(text, gap, 0.0, "seeds", {}))
+    report.claim(study.below(text, gap, 0.0, "seeds", {}))
     mean = {kind: [np.mean([f[i] for f in found[kind]], axis=0) for i in range(2)] for kind in found}
     for i, (text, unit, groups) in enumerate(
         (
@@ -146,7 +139,7 @@ def run(runs, folder):
         "k": k,
         "seeds": len(pairs),
         "loss": {kind: [table[kind, size][s][0] for s in pairs] for kind in found},
-        "gap": vars(t_interval(gap)),
+        "gap": vars(study.t_interval(gap)),
         "precision@5": {kind: [float(f[0].mean()) for f in found[kind]] for kind in found},
         "mrr": {kind: [float(f[1].mean()) for f in found[kind]] for kind in found},
         "neighbour_cosine": {kind: [f[2] for f in found[kind]] for kind in found},
@@ -190,10 +183,5 @@ def figure(report):
     report.figure(fig, "hard_sparsity", title)
 
 
-def main():
-    (c,) = configurator.parse(HardSparsityConfig)
-    run(lab.find_runs(c.runs), Path(c.runs).parent).save()
-
-
 if __name__ == "__main__":
-    configurator.run(main)
+    study.compare(run)

@@ -18,7 +18,6 @@ independent units (words, questions, prompts) or no control to compare with. No 
 import copy
 import csv
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -391,33 +390,6 @@ class Lab:
         chosen = whole.nonzero().flatten()
         chosen = chosen[torch.linspace(0, len(chosen) - 1, min(n, len(chosen))).long()]
         return x[chosen].to(self.device), y[chosen].to(self.device)
-
-
-def find_runs(pattern):
-    """[(checkpoint folder, state)] of the finished runs that match a glob. Raises UserError if none."""
-    found = []
-    for folder in sorted(glob.glob(pattern)):
-        if (Path(folder) / "latest").exists():
-            step, state, _ = checkpoint.newest_whole(Path(folder))
-            if step is not None and state.get("whole_val_loss") is not None:
-                found.append((step, state))
-    if not found:
-        raise UserError(f"no finished run matches --runs={pattern}: python experiments/studies.py makes some")
-    return found
-
-
-class Study:
-    """Stands for a lab in the report of a comparison of runs [(step, state)]; results go beside them."""
-
-    def __init__(self, folder, runs):
-        self.folder, self.results, self.runs = folder, folder / "experiments", runs
-
-    def identity(self):
-        return {
-            "run": {"name": str(self.folder), "step": max(state["step"] for _, state in self.runs)},
-            "runs": [run_identity(step, state) for step, state in self.runs],
-            "val_loss": {},
-        }
 
 
 # ----------------------------------------------------------------------------------------------------

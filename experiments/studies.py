@@ -1,10 +1,11 @@
 """
-The two studies that need many runs: train them (three kinds x three sizes x three seeds), then compare them.
+The studies that need many runs: train them (three kinds x three sizes x three seeds), then compare them.
 
     python experiments/studies.py            50 minutes on two cores; killed, it goes on where it was
 
 Every run sees the same number of tokens, runs of one seed the same tokens in the same order. Then
-hard_sparsity.py and convergence.py compare all runs under out/studies; both take any other set by --runs=.
+hard_sparsity.py, convergence.py and stability.py compare all runs under out/studies; each takes any other set
+by --runs=.
 """
 
 import sys
@@ -21,6 +22,7 @@ import subprocess
 
 import checkpoint
 from configurator import UserError
+from experiments import study
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"factored": "reflow_nano", "dense": "gpt2_new_nano", "topk": "reflow_nano_topk"}
@@ -74,7 +76,7 @@ def main():
         print(f"\n{folder} ({i + 1} of {len(runs)})", flush=True)
         if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments]).returncode:
             raise UserError(f"training of {folder} failed: see above; the same command goes on from here")
-    for script in ("hard_sparsity", "convergence"):
+    for script in study.NAMES:
         command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), f"--runs={c.out}/*"]
         if subprocess.run(command).returncode:
             raise UserError(f"{script} failed: see above")

@@ -222,12 +222,25 @@ def curves(subject):
     save(fig, "curves")
 
 
+def seeds():
+    """How well signals of two seeds match, beside rotated ones, for every kind and shape with seeds."""
+    shapes = load("studies/stability")["numbers"]["shapes"]
+    fig, ax = pyplot().subplots(figsize=(3.4, 2.2))
+    for i, (name, values) in enumerate(shapes.items()):
+        low, _, high = values["rotated"]
+        ax.plot([i, i], [low, high], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt")
+        ax.scatter(i, values["native"], 20, KINDS[name.split()[0]], marker="D", zorder=3)
+    ax.set_xticks(range(len(shapes)), [name.replace(" ", "\n") for name in shapes], fontsize=6)
+    ax.set(ylabel="mean |correlation|", ylim=(0, None))
+    save(fig, "seeds")
+
+
 def draw():
     """All figures of the paper."""
     plt = pyplot()
     plt.rcParams.update({"svg.hashsalt": "reflow", "font.size": 7.5, "axes.labelsize": 7.5})
     run = SUBJECT["runs"]["factored"]
-    rivals(run), sparsity(run), layers(run), interventions(run), curves(SUBJECT)
+    rivals(run), sparsity(run), layers(run), interventions(run), curves(SUBJECT), seeds()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from statistics import median
 import checkpoint
 from checkpoint import write_atomically
 from configurator import UserError
-from experiments import lab
+from experiments import lab, study
 from experiments.convergence import curve
 from experiments.run_all import NAMES
 from hardware import count_parameters
@@ -34,13 +34,12 @@ from model import ModelConfig
 from train import find_data
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("hard_sparsity", "convergence")
 
 
 @dataclass
 class CollectConfig:
     runs: str = ""  # folders of runs, separated by commas
-    studies: str = ""  # folder of the runs of experiments/studies.py, with both results
+    studies: str = ""  # folders with results of studies, and perhaps their runs, separated by commas
     bench: str = ""  # bench.py's file
 
 
@@ -84,7 +83,7 @@ def copy(result, folder):
 def methods():
     """{experiment: [its question, the paragraphs of its method]}, from the docstrings."""
     found = {}
-    for name in (*NAMES, *STUDIES):
+    for name in (*NAMES, *study.NAMES):
         source = (Path(lab.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
         parts = [
             " ".join(p.split()).replace("*", "").replace("`", "")
@@ -96,7 +95,8 @@ def methods():
 
 def main():
     (c,) = configurator.parse(CollectConfig)
-    needed = [Path(c.studies) / "experiments" / n / "result.json" for n in STUDIES] if c.studies else []
+    studies = [Path(folder) for folder in c.studies.split(",") if folder]
+    needed = [folder / "experiments" / n / "result.json" for folder in studies for n in study.NAMES]
     for file in needed + ([Path(c.bench)] if c.bench else []):
         if not file.exists():
             raise UserError(
@@ -119,10 +119,16 @@ def main():
         runs[step.parent.name] = describe(step, state)
         copies += [(folder, step.parent.name) for folder in found]
         print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
-    if c.studies:
-        copies += [(Path(c.studies) / "experiments" / name, "studies") for name in STUDIES]
-        for step, state in lab.find_runs(f"{c.studies}/*"):
-            runs[step.parent.name] = describe(step, state)
+    for folder in studies:
+        copies += [(folder / "experiments" / name, folder.name) for name in study.NAMES]
+        if any(folder.glob("*/latest")):  # those that are not here must be among --runs, now or before
+            for step, state in study.find_runs(f"{folder}/*"):
+                runs[step.parent.name] = describe(step, state)
+    for file in needed:
+        for made_from in json.loads(file.read_text(encoding="utf-8"))["runs"]:
+            known = runs.get(made_from["name"], {})
+            if any(known.get(key) != value for key, value in made_from.items()):
+                raise UserError(f"{file}: its {made_from['name']} is not the one known: name it in --runs")
     for folder, name in copies:
         copy(folder, RESULTS / name)
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def corpus(folder, seed=0, repeats=12, n_words=None):
     return folder
 
 
-def save_run(folder, model, data, step=1, val_loss=9.0):
+def save_run(folder, model, data, step=1, val_loss=9.0, start=999):
     """Save a model as the run `folder`, after another start as its step 0, unless it is that itself."""
     train = {"dataset": str(data), "seed": 0, "batch_size": 0}
     state = {
@@ -47,9 +47,9 @@ def save_run(folder, model, data, step=1, val_loss=9.0):
         "data_sha256": "0",
     }
     if step:
-        torch.manual_seed(999)
-        start = ReFlow(model.config)
-        checkpoint.save(folder, 0, dict(start.state_dict()), {}, state, keep=1, best=False)
+        torch.manual_seed(start)
+        untrained = ReFlow(model.config)
+        checkpoint.save(folder, 0, dict(untrained.state_dict()), {}, state, keep=1, best=False)
     checkpoint.save(folder, step, dict(model.state_dict()), {}, state, keep=1, best=True)
     return folder
 
