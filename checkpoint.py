@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -164,7 +165,9 @@ def find(run=None, out="out"):
             f"{run} is a file: --run takes a folder such as out/reflow-nano; pickles are never loaded"
         )
     if not run.is_dir():
-        raise UserError(f"no run {run}: {make_one}")
+        beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
+        near = get_close_matches(run.name, beside, n=1)
+        raise UserError(f"no run {run}: {f'did you mean {run.parent / near[0]}?' if near else make_one}")
     if (run / "state.json").exists():
         return run
     for name in (pointed(run, "best"), pointed(run, "latest")):

@@ -233,7 +233,7 @@ and with the final, normalised residual stream h, `(h @ basis.T) @ recipes.T` ar
 
 
 def model_card(model, state, source, folder, dtype, card=CARD):
-    c, train = model.config, state["config"].get("train", {})
+    c, train, data = model.config, state["config"].get("train", {}), find_data(state)
     kinds = {
         "factored": "its vocabulary a product of recipes and {} signals",
         "dense": "its vocabulary dense",
@@ -242,9 +242,10 @@ def model_card(model, state, source, folder, dtype, card=CARD):
         origin = f"Imported from `{train['imported_from']}`."
     else:
         origin = f"Trained on `{train.get('dataset')}`, {state['step']:,} steps."
-        data = find_data(state)
         if data and (licence := data.meta.get("licence")):
-            origin += f" Its texts keep their licence: {licence.rstrip('.')}."
+            origin += (
+                f" Licence of its texts, in the words of the dataset's `meta.json`: {licence.rstrip('.')}."
+            )
     kinds["topk"] = kinds["factored"] + f", {c.top_k} to a token"
     return card.format(
         **asdict(c) | {"vocabulary": kinds[c.vocab].format(c.signals), "title": folder.name},
@@ -253,6 +254,7 @@ def model_card(model, state, source, folder, dtype, card=CARD):
         rounded="" if dtype == "fp32" else ", before they were rounded",
         origin=origin,
         source=source,
+        counts=f"`{lab.COUNTS}` has how often each token was in its training.\n" if data else "",
         loss=state["whole_val_loss"] or state["val_loss"],
         bits=state["bits_per_byte"],
         folder=folder,
@@ -277,8 +279,8 @@ python experiments/run_all.py --run={folder}
 python export.py --run={folder} --to=out/hf-{title}     # for other people's tools
 ```
 
-Where the data it was trained on is not prepared, the experiments count words and take held-out text from the
-embedded corpus: their numbers, and some verdicts, then differ.
+{counts}Where the data it was trained on is not prepared, the experiments take held-out
+text from the embedded corpus, and there is no baseline here: some numbers and verdicts then differ.
 
 `state.json` holds the configuration; there is no optimiser state. Step 0, the control of many experiments, is
 made again from the seed. Written by
@@ -322,7 +324,10 @@ def release(step, to, dtype="fp32"):
     kept = ("step", "config", "data_sha256", "val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
-        sizes = {"model.safetensors": (folder / "model.safetensors").stat().st_size}
+        if data := find_data(state):
+            counts = torch.from_numpy(lab.token_counts(state, data.folder).astype("int32"))
+            save_file({"counts": counts}, folder / lab.COUNTS)
+        sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
         more = {"versions": versions(), "sizes": sizes, "release": dtype}
         write_json(folder / "state.json", {key: state.get(key) for key in kept} | more)
         (folder / "README.md").write_text(

@@ -49,6 +49,7 @@ from model import ModelConfig, ReFlow, Vocab, rope_table
 ROTATIONS = 19  # the fewest that can give p = 0.05
 LEAST = 20  # independent units below which a claim is inconclusive
 PROBES = Path(__file__).parent / "probes"
+COUNTS = "counts.safetensors"  # in a release
 
 
 @dataclass
@@ -211,6 +212,20 @@ def newest_with_signals(out="out"):
     return checkpoint.find(None, out)
 
 
+def token_counts(state, folder):
+    """How often each token was in a run's training text (50,000 windows at most), (n_tokens,)."""
+    model, train = ModelConfig(**state["config"]["model"]), state["config"].get("train", {})
+    dataset = Dataset(folder, "train", model.block_size)
+    seen = state["step"] * train.get("batch_size", 1) or dataset.n_windows
+    seen = min(seen, dataset.n_windows, 50_000)
+    counts = np.zeros(model.n_tokens, np.int64)
+    part = 1000
+    for i in range(0, seen, part):
+        _, y = dataset.batch(i // part, part, train.get("seed", 0))
+        counts += np.bincount(y[: seen - i].flatten().numpy(), minlength=len(counts))[: len(counts)]
+    return counts
+
+
 def results_folder(run, step):
     """Where results of `--run=run` go: <run>/experiments, or the step_... folder's own if that was named."""
     named = run is not None and Path(run).resolve() == step.resolve()
@@ -331,24 +346,18 @@ class Lab:
             if (folder / "meta.json").exists():
                 return folder
         if name != "sotu":
-            print(f"the run's dataset {name} is not here: token counts and held-out text come from data/sotu")
+            counts = "" if (self.step / COUNTS).exists() else "token counts and "
+            print(f"the run's dataset {name} is not here: {counts}held-out text from data/sotu")
         from train import find_dataset  # here alone, and slow to import
 
         return find_dataset("sotu")
 
     @functools.cached_property
     def counts(self):
-        """How often each token was in the text of training (its first 50,000 windows), (n_tokens,)."""
-        train = self.state["config"].get("train", {})
-        dataset = Dataset(self.data, "train", self.state["config"]["model"]["block_size"])
-        seen = self.state["step"] * train.get("batch_size", 1) or dataset.n_windows
-        seen = min(seen, dataset.n_windows, 50_000)
-        counts = np.zeros(self.reflow.net.config.n_tokens, np.int64)
-        part = 1000
-        for i in range(0, seen, part):
-            _, y = dataset.batch(i // part, part, train.get("seed", 0))
-            counts += np.bincount(y[: seen - i].flatten().numpy(), minlength=len(counts))[: len(counts)]
-        return counts
+        """How often each token was in the text of training, (n_tokens,); a release brings them along."""
+        if (self.step / COUNTS).exists():
+            return checkpoint.load_tensors(self.step / COUNTS)["counts"].numpy()
+        return token_counts(self.state, self.data)
 
     @functools.cached_property
     def by_count(self):

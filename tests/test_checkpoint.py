@@ -305,6 +305,7 @@ def test_find_says_what_is_missing(run, tmp_path):
     cases = {
         "no trained model under .*python train.py": {"out": tmp_path / "nowhere"},
         "no run .*python train.py": {"run": tmp_path / "nowhere"},
+        "no run .*did you mean .*empty": {"run": tmp_path / "emtpy"},
         "empty holds no checkpoint: .*python train.py": {"run": tmp_path / "empty"},
         "model.pt is a file: --run takes a folder": {"run": tmp_path / "model.pt"},
         "a holds no checkpoint": {"run": run},

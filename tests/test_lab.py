@@ -1,13 +1,17 @@
 """The lab: dictionaries are exact, interventions do what they say, verdicts err as rarely as stated."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from lab_fixtures import corpus, open_lab, save_run, tiny, token
 
+import checkpoint
+import export
 from configurator import UserError
+from data.shards import Dataset
 from experiments import lab, report, run_all
 
 
@@ -150,6 +154,23 @@ def test_shuffled_recipes_stay_among_like_frequencies(room):
     part = torch.from_numpy(np.flatnonzero((room.counts >= 8) & (room.counts < 16)))
     rows, moved = (s.dictionary.codes[part].double() for s in (room.reflow, room.shuffled))
     assert len(part) > 50 and torch.cdist(moved, rows).amin(1).max() < 1e-4
+
+
+def test_a_release_brings_its_counts(tmp_path, capsys):
+    """Where the training text is gone, words are still known by what the model was trained on."""
+    data = corpus(tmp_path / "data", repeats=8)
+    run = save_run(tmp_path / "run", tiny(), data)
+    state = run / "step_000001" / "state.json"
+    sha = Dataset(data, "val", 1).data_sha256
+    checkpoint.write_atomically(state, json.dumps(json.loads(state.read_text()) | {"data_sha256": sha}))
+    export.release(checkpoint.find(run), tmp_path / "release", "fp16")
+    expected = open_lab(run).counts
+    assert expected.sum() > 1000 and (open_lab(tmp_path / "release").counts == expected).all()
+    shutil.rmtree(data)
+    room = open_lab(tmp_path / "release")
+    assert (room.counts == expected).all() and room.data.name == "sotu"
+    assert "held-out text from data/sotu" in capsys.readouterr().out
+    assert (open_lab(run).counts != expected).any()  # without a release: the embedded corpus
 
 
 def test_counts_are_of_the_training_text(room):

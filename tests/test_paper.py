@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 from data.tokenizer import encoding
+from experiments import lab
 from paper import build, collect
 
 PAPER = build.PAPER
@@ -113,6 +114,7 @@ def test_the_released_model_is_the_run_of_the_paper():
     model, state = checkpoint.load_model(checkpoint.find(folder))
     run = runs()["reflow-mini"]
     assert (sha256(state["config"]), state["step"]) == (run["config_sha256"], run["step"])
+    assert checkpoint.load_tensors(folder / lab.COUNTS)["counts"].sum() == run["tokens"]
     tokens = encoding().encode_ordinary("The President of the United States is elected by the people of the")
     with torch.no_grad():
         _, loss = model(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))
