@@ -252,12 +252,13 @@ def figure(report, found, rotated):
         low, _, high = values["rotated"]
         right.plot([i, i], [low, high], color=lab.COLOURS["rotated"], lw=7, alpha=0.45)
         right.scatter(i, values["native"], color=lab.COLOURS["native"], marker="D", zorder=3)
-    right.set_xticks(range(len(shapes)), [name.replace(" ", "\n") for name in shapes], fontsize=7)
+    names = [name.replace("factored", "fact.").replace(" ", "\n") for name in shapes]
+    right.set_xticks(range(len(shapes)), names, fontsize=7)
     right.set(ylabel="mean |correlation|", title="native (diamond) against rotations (band)")
     m = report.numbers["matched"]
     title = (
         f"Signals of two seeds, matched one to one: |correlation| {m['native']:.2f}, rotated "
-        f"{rotated.mean():.2f}, PCA {m['pca']:.2f}, ICA {m['ica']:.2f} ({report.numbers['size']}, "
+        f"{rotated.mean():.2f}, coordinates of E {m['E']:.2f}, PCA {m['pca']:.2f} ({report.numbers['size']}, "
         f"{report.numbers['seeds']} seeds)"
     )
     report.figure(fig, "stability", title)

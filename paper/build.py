@@ -225,13 +225,17 @@ def curves(subject):
 def seeds():
     """How well signals of two seeds match, beside rotated ones, for every kind and shape with seeds."""
     shapes = load("studies/stability")["numbers"]["shapes"]
+    kinds, sizes = (list(dict.fromkeys(names)) for names in zip(*map(str.split, shapes), strict=True))
     fig, ax = pyplot().subplots(figsize=(3.4, 2.2))
-    for i, (name, values) in enumerate(shapes.items()):
-        low, _, high = values["rotated"]
-        ax.plot([i, i], [low, high], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt")
-        ax.scatter(i, values["native"], 20, KINDS[name.split()[0]], marker="D", zorder=3)
-    ax.set_xticks(range(len(shapes)), [name.replace(" ", "\n") for name in shapes], fontsize=6)
-    ax.set(ylabel="mean |correlation|", ylim=(0, None))
+    for name, values in shapes.items():
+        kind, size = name.split()
+        x, (low, _, high) = sizes.index(size) + 0.2 * (kinds.index(kind) - 1), values["rotated"]
+        ax.plot([x, x], [low, high], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt")
+        label = kind if size == sizes[0] else None
+        ax.scatter(x, values["native"], 20, KINDS[kind], marker="D", zorder=3, label=label)
+    ax.set_xticks(range(len(sizes)), sizes)
+    ax.set(xlabel="layers x width", ylabel="mean |correlation|", ylim=(0, None))
+    ax.legend(ncols=3, fontsize=7, loc="lower center")
     save(fig, "seeds")
 
 

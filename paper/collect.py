@@ -93,15 +93,20 @@ def methods():
     return found
 
 
+def study_results(folder):
+    """The folders of those results of studies that `folder` has. UserError if it has none."""
+    found = [folder / "experiments" / name for name in study.NAMES]
+    found = [result for result in found if (result / "result.json").exists()]
+    if not found:
+        raise UserError(f"no studies in {folder / 'experiments'}: make studies; nothing was collected")
+    return found
+
+
 def main():
     (c,) = configurator.parse(CollectConfig)
-    studies = [Path(folder) for folder in c.studies.split(",") if folder]
-    needed = [folder / "experiments" / n / "result.json" for folder in studies for n in study.NAMES]
-    for file in needed + ([Path(c.bench)] if c.bench else []):
-        if not file.exists():
-            raise UserError(
-                f"no {file}: make studies and make bench write such results; nothing was collected"
-            )
+    compared = {Path(folder): study_results(Path(folder)) for folder in c.studies.split(",") if folder}
+    if c.bench and not Path(c.bench).exists():
+        raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")
     path = RESULTS / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     copies = []  # (result's folder, where it goes): all are checked before anything is written
@@ -119,16 +124,16 @@ def main():
         runs[step.parent.name] = describe(step, state)
         copies += [(folder, step.parent.name) for folder in found]
         print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
-    for folder in studies:
-        copies += [(folder / "experiments" / name, folder.name) for name in study.NAMES]
+    for folder, found in compared.items():
         if any(folder.glob("*/latest")):  # those that are not here must be among --runs, now or before
             for step, state in study.find_runs(f"{folder}/*"):
                 runs[step.parent.name] = describe(step, state)
-    for file in needed:
-        for made_from in json.loads(file.read_text(encoding="utf-8"))["runs"]:
-            known = runs.get(made_from["name"], {})
-            if any(known.get(key) != value for key, value in made_from.items()):
-                raise UserError(f"{file}: its {made_from['name']} is not the one known: name it in --runs")
+        for result in found:
+            for made_from in json.loads((result / "result.json").read_text(encoding="utf-8"))["runs"]:
+                known = runs.get(name := made_from["name"], {})
+                if any(known.get(key) != value for key, value in made_from.items()):
+                    raise UserError(f"{result}: its {name} is not the one known here: name it in --runs")
+            copies.append((result, folder.name))
     for folder, name in copies:
         copy(folder, RESULTS / name)
     RESULTS.mkdir(parents=True, exist_ok=True)
