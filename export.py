@@ -254,7 +254,6 @@ def model_card(model, state, source, folder, dtype, card=CARD):
         rounded="" if dtype == "fp32" else ", before they were rounded",
         origin=origin,
         source=source,
-        counts=f"`{lab.COUNTS}` has how often each token was in its training.\n" if data else "",
         loss=state["whole_val_loss"] or state["val_loss"],
         bits=state["bits_per_byte"],
         folder=folder,
@@ -279,8 +278,9 @@ python experiments/run_all.py --run={folder}
 python export.py --run={folder} --to=out/hf-{title}     # for other people's tools
 ```
 
-{counts}Where the data it was trained on is not prepared, the experiments take held-out
-text from the embedded corpus, and there is no baseline here: some numbers and verdicts then differ.
+`counts.safetensors`, if there, says how often each token was in training (the first 50,000 windows of it).
+Where the data it was trained on is not prepared, the experiments take held-out text from the embedded corpus,
+and there is no baseline here: some numbers and verdicts then differ.
 
 `state.json` holds the configuration; there is no optimiser state. Step 0, the control of many experiments, is
 made again from the seed. Written by
@@ -324,9 +324,13 @@ def release(step, to, dtype="fp32"):
     kept = ("step", "config", "data_sha256", "val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
-        if data := find_data(state):
+        if (step / lab.COUNTS).exists():
+            shutil.copyfile(step / lab.COUNTS, folder / lab.COUNTS)
+        elif data := find_data(state):
             counts = torch.from_numpy(lab.token_counts(state, data.folder).astype("int32"))
             save_file({"counts": counts}, folder / lab.COUNTS)
+        else:
+            print("the data it was trained on is not here: no word counts in this release")
         sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
         more = {"versions": versions(), "sizes": sizes, "release": dtype}
         write_json(folder / "state.json", {key: state.get(key) for key in kept} | more)

@@ -51,9 +51,9 @@ def curve(folder):
 
 
 def gaps(table, kind, size):
-    """Relative loss of `kind` over dense at equal depth and width, one value a seed in both: [n]."""
+    """{seed: relative loss of `kind` over dense at equal depth and width}, for the seeds that both have."""
     ours, dense = table.get((kind, size), {}), table.get(("dense", size), {})
-    return np.array([ours[s][0] / dense[s][0] - 1 for s in sorted(ours.keys() & dense.keys())])
+    return {s: ours[s][0] / dense[s][0] - 1 for s in sorted(ours.keys() & dense.keys())}
 
 
 def gaps_at_equal_parameters(table, kind, size, sizes):
@@ -93,7 +93,7 @@ def run(runs):
             report.row("parameters", parameters, **where)
     for kind in ("factored", "topk"):
         for size in order:
-            values = gaps(table, kind, size)
+            values = np.array(list(gaps(table, kind, size).values()))
             same, beyond = gaps_at_equal_parameters(table, kind, size, order)
             equal[kind, size] = values, same, beyond
             for metric, found in (("gap at equal depth", values), ("gap at equal parameters", same)):
@@ -123,8 +123,8 @@ def run(runs):
         )
     )
     if len(both) > 1:
-        seeds = min(len(equal["factored", s][0]) for s in (both[0], largest))
-        change = equal["factored", largest][0][:seeds] - equal["factored", both[0]][0][:seeds]
+        early, late = gaps(table, "factored", both[0]), gaps(table, "factored", largest)
+        change = np.array([late[s] - early[s] for s in sorted(early.keys() & late.keys())])
         report.claim(
             study.below(
                 f"the gap at equal depth shrinks from {both[0]} to {largest}", change, 0.0, "seeds", {}

@@ -67,6 +67,8 @@ def run(runs):
         seed: {kind: table[kind, size][seed][2] for kind in ("factored", "topk")}
         for seed in sorted(table["factored", size].keys() & table["topk", size].keys())
     }
+    if not pairs:
+        raise UserError(f"no seed that both a top-k and a factored run of {size} have among --runs")
     report = lab.Report(runs, "hard_sparsity")
     room = lab.Lab(lab.LabConfig(run=str(pairs[min(pairs)]["factored"])))
     categories = room.categories()

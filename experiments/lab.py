@@ -49,7 +49,8 @@ from model import ModelConfig, ReFlow, Vocab, rope_table
 ROTATIONS = 19  # the fewest that can give p = 0.05
 LEAST = 20  # independent units below which a claim is inconclusive
 PROBES = Path(__file__).parent / "probes"
-COUNTS = "counts.safetensors"  # in a release
+COUNTED = 50_000  # windows of training text, at most, in which tokens are counted
+COUNTS = "counts.safetensors"  # what a release says of them
 
 
 @dataclass
@@ -213,11 +214,11 @@ def newest_with_signals(out="out"):
 
 
 def token_counts(state, folder):
-    """How often each token was in a run's training text (50,000 windows at most), (n_tokens,)."""
+    """How often each token was in a run's training text, its first COUNTED windows, (n_tokens,)."""
     model, train = ModelConfig(**state["config"]["model"]), state["config"].get("train", {})
     dataset = Dataset(folder, "train", model.block_size)
     seen = state["step"] * train.get("batch_size", 1) or dataset.n_windows
-    seen = min(seen, dataset.n_windows, 50_000)
+    seen = min(seen, dataset.n_windows, COUNTED)
     counts = np.zeros(model.n_tokens, np.int64)
     part = 1000
     for i in range(0, seen, part):

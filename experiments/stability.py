@@ -8,24 +8,26 @@ Claims
   effect   signals are shared: a signal's codes correlate with those of its partner in another seed, matched
            one to one.
   signals  they are shared because they are these signals: native ones match better than with one side
-           rotated, and than PCA, ICA, coordinates of E and of the plain GPT of the same two seeds.
+           rotated, and than PCA, ICA, and, where they are as many, coordinates of E and of the plain GPT.
 
-Method. The largest factored shape that has two seeds or more, every pair of them. Codes of the tokens that
-all runs know, each signal standardised over them; partners by the Hungarian method on absolute correlations
-(as for features of sparse autoencoders: Paulo & Belrose, 2501.16615). Correlations do not depend on a
-signal's sign or scale. Neighbours: the share of a word's ten nearest others, by centred cosine, that both
-seeds have. Chance: the two runs before training, and recipes of one side shuffled among tokens of like
-frequency, which leaves what frequency alone makes two seeds share. Codes freed of log frequency, linear CKA
-(Kornblith et al., 1905.00414) and the other kinds and shapes are given as numbers.
+Method. The largest factored shape that has two seeds or more, every pair of them in both directions. Codes of
+the tokens that all runs know, freed of their regression on log frequency and its square (signal_codebook.py):
+frequency alone makes any two seeds alike, and a mean over signals then favours dictionaries that smear it
+over all of them. Correlations, which do not depend on a signal's sign or scale; partners by the Hungarian
+method on their absolute values. The same with frequency left in is given as a number, as is linear CKA of E
+(Kornblith et al., 1905.00414). Neighbours: the share of a word's ten nearest others, by centred cosine, that
+both seeds have. Chance: the two runs before training, and recipes of one side exchanged among tokens of like
+frequency. The other kinds and shapes stand beside their own rotations.
 
-Unit: a word; a signal, over all of its pairs. Seeds are few: an interval is about signals of these seeds.
+Unit: a word; a signal of a seed, over its pairs. They are not independent: words share neighbours, partners
+exclude each other, and the seeds are few. Intervals are about these seeds.
 
-Cost: a minute for three seeds of nine kinds and shapes of the nano size; a fit of ICA a seed.
+Cost: under a minute for three seeds of nine kinds and shapes of the nano size; a fit of ICA a seed.
 """
 
 import functools
 import sys
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,10 +43,9 @@ from scipy.optimize import linear_sum_assignment
 from configurator import UserError
 from experiments import lab, study
 from experiments.nearest_neighbors import cosines
-from experiments.signal_codebook import pair_up, without
+from experiments.signal_codebook import without
 
-PUBLISHED = "30 % of an autoencoder's latents have a partner above 0.7 in another seed (131k, Llama-3-8B)"
-WORDS, NEIGHBOURS, SHARED = 1000, 10, 0.7
+WORDS, NEIGHBOURS = 1000, 10
 
 
 def standardised(codes):
@@ -90,38 +91,43 @@ class Seeds:
 
     def __init__(self, runs):
         self.labs = [lab.Lab(lab.LabConfig(run=str(runs[seed][2]))) for seed in sorted(runs)]
-        self.pairs = list(combinations(range(len(self.labs)), 2))
+        self.pairs = list(permutations(range(len(self.labs)), 2))
         known = [room.known_tokens() for room in self.labs]
         self.known = known[0][np.isin(known[0], functools.reduce(np.intersect1d, known))]  # commonest first
         self.frequency = np.log(np.mean([room.counts[self.known] for room in self.labs], axis=0))
+        self.native = self.codes(lambda room: room.reflow.dictionary)
 
     def codes(self, dictionary_of):
         """Codes of the known tokens in the dictionary that dictionary_of(lab) gives, one (n, S) a seed."""
         return [lab.array(dictionary_of(room).codes[self.known]) for room in self.labs]
 
-    @functools.cached_property
-    def native(self):
-        return self.codes(lambda room: room.reflow.dictionary)
+    def freed(self, codes):
+        """The same codes less what log frequency explains."""
+        return [without(c, self.frequency) for c in codes]
 
     def over_pairs(self, measure, ours, theirs=None):
-        """measure(codes of the first seed, of the second) for every pair, (pairs, units)."""
+        """measure(codes of one seed, of another) for every pair, (pairs, units)."""
         theirs = ours if theirs is None else theirs
         return np.stack([measure(ours[i], theirs[j]) for i, j in self.pairs])
 
-    def freed(self, codes):
-        """The same codes less their regression on log frequency and its square (signal_codebook.py)."""
-        return [without(c, self.frequency) for c in codes]
-
-    def rotated(self, prepare=lambda codes: codes):
-        """`matched` of every pair, signals of its second run rotated, (K, pairs, S)."""
+    def rotations(self):
+        """Native codes with the signals of every seed rotated, [(n, S) a seed], 19 times."""
         parts = [
             lab.Dictionary("native", room.reflow.dictionary.codes[self.known], room.reflow.dictionary.atoms)
             for room in self.labs
         ]
         spins = zip(*(room.rotations(d) for room, d in zip(self.labs, parts, strict=True)), strict=True)
-        turned = ([lab.array(d.codes) for d in spin] for spin in spins)
-        native = prepare(self.native)
-        return np.stack([self.over_pairs(matched, native, prepare(codes)) for codes in turned])
+        return [[lab.array(d.codes) for d in turned] for turned in spins]
+
+    def matches(self):
+        """({"freed": (pairs, S), "raw": (pairs, S)}, the same with one side rotated (19, pairs, S))."""
+        native, rotated = {}, {}
+        spins = self.rotations()
+        for name, prepare in (("freed", self.freed), ("raw", list)):
+            ours = prepare(self.native)
+            native[name] = self.over_pairs(matched, ours)
+            rotated[name] = np.stack([self.over_pairs(matched, ours, prepare(turned)) for turned in spins])
+        return native, rotated
 
 
 def run(runs):
@@ -134,18 +140,21 @@ def run(runs):
     seeds = {key: Seeds(found) for key, found in table.items()}
     ours, plain = seeds["factored", size], seeds.get(("dense", size))
     first = ours.labs[0]
+    start = ours.codes(lambda room: room.step0.dictionary)
+    shuffled = ours.codes(lambda room: room.shuffled.dictionary)
 
     # Neighbours
     words = np.flatnonzero(np.isin(ours.known, first.known_words()))[:WORDS]  # rows of the codes
 
-    def shared(codes, theirs=None):
+    def common(codes, theirs=None):
         pick = [[torch.from_numpy(c[words]) for c in side] for side in (codes, theirs or codes)]
         return ours.over_pairs(in_common, *pick).mean(0)  # (words,)
 
-    shuffled = ours.codes(lambda room: room.shuffled.dictionary)
-    start = ours.codes(lambda room: room.step0.dictionary)
-    near = {"native": shared(ours.native), "step 0": shared(start)}
-    near["shuffled"] = shared(ours.native, shuffled)
+    near = {
+        "native": common(ours.native),
+        "step 0": common(start),
+        "shuffled": common(ours.native, shuffled),
+    }
     report.claim(
         lab.effect(
             f"words have the same neighbours in the recipes of two seeds (share of {NEIGHBOURS} in common)",
@@ -156,110 +165,131 @@ def run(runs):
     )
 
     # Signals
-    codes = {"native": ours.native, "step 0": start}
-    codes |= {name: ours.codes(lambda r, n=name: r.rivals(r.reflow)[n]) for name in ("pca", "ica")}
-    codes["E"] = [
-        c @ lab.array(r.reflow.dictionary.atoms) for c, r in zip(ours.native, ours.labs, strict=True)
-    ]
+    found = {key: s.matches() for key, s in seeds.items()}
+    native, rotated = found["factored", size]
+    n_signals = native["freed"].shape[1]
+    codes = {name: ours.codes(lambda r, n=name: r.rivals(r.reflow)[n]) for name in ("pca", "ica")}
+    codes["E"] = ours.codes(coordinates)
     if plain:
-        codes["baseline"] = plain.codes(lambda room: room.reflow.dictionary)
-    found = {name: ours.over_pairs(matched, c) for name, c in codes.items()}  # (pairs, S) each
-    found["shuffled"] = ours.over_pairs(matched, ours.native, shuffled)
-    n_signals = found["native"].shape[1]
+        codes["baseline"] = plain.native
+    # More columns than dimensions or other rivals have always match better: only equal numbers compare.
+    codes = {name: c for name, c in codes.items() if c[0].shape[1] == n_signals}
+    values = {"native": native["freed"], "step 0": ours.over_pairs(matched, ours.freed(start))}
+    values["shuffled"] = ours.over_pairs(matched, ours.freed(ours.native), ours.freed(shuffled))
+    values |= {name: ours.over_pairs(matched, ours.freed(c)) for name, c in codes.items()}
     groups = np.concatenate([i * n_signals + np.arange(n_signals) for i, _ in ours.pairs])
-    rotated = {key: s.rotated() for key, s in seeds.items()}
     report.claim(
         lab.effect(
-            "signals have partners in another seed (|correlation| of codes, matched one to one)",
-            found["native"].ravel(),
-            {name: found[name].ravel() for name in ("step 0", "shuffled")},
+            "signals have partners in another seed (|correlation| beyond frequency, matched one to one)",
+            values["native"].ravel(),
+            {name: values[name].ravel() for name in ("step 0", "shuffled")},
             "signals",
             groups,
-            published=PUBLISHED,
         )
     )
     rng = first.rng("pairs")
-    rivals = [name for name in ("pca", "ica", "E", "baseline") if name in found]
     report.claim(
         lab.signals(
-            "native signals match across seeds better than any others do (|correlation|, one to one)",
-            found["native"].ravel(),
-            rotated["factored", size].reshape(lab.ROTATIONS, -1),
-            {n: np.concatenate([pair_up(v, n_signals, rng) for v in found[n]]) for n in rivals},
+            "native signals match across seeds better than others do (|correlation| beyond frequency)",
+            values["native"].ravel(),
+            rotated["freed"].reshape(lab.ROTATIONS, -1),
+            {name: np.concatenate([rng.permutation(row) for row in values[name]]) for name in codes},
             "signals",
             groups,
         )
     )
 
-    freed = {name: ours.over_pairs(matched, ours.freed(codes[name])).mean() for name in ("native", *rivals)}
-    freed["rotated"] = ours.rotated(ours.freed).mean()
+    raw = {"native": native["raw"], "shuffled": ours.over_pairs(matched, ours.native, shuffled)}
+    raw |= {name: ours.over_pairs(matched, c) for name, c in codes.items()}
+    E = ours.codes(coordinates)
+    moved = [c @ lab.array(r.reflow.dictionary.atoms) for c, r in zip(shuffled, ours.labs, strict=True)]
+    alike = {"E": (E, E), "E, shuffled": (E, moved), "E beyond frequency": (ours.freed(E), ours.freed(E))}
+    alike["E beyond frequency, shuffled"] = ours.freed(E), ours.freed(moved)
+    spun = {name: {"rotated": rotated[name]} for name in rotated}
     report.numbers = {
         "size": size,
         "seeds": len(ours.labs),
         "tokens": len(ours.known),
         "words": len(words),
-        "threshold": SHARED,
-        "matched": {name: float(values.mean()) for name, values in found.items()},
-        "shared": {name: float((values > SHARED).mean()) for name, values in found.items()},
-        "frequency_removed": {name: float(v) for name, v in freed.items()},
-        "neighbours": {name: float(values.mean()) for name, values in near.items()},
-        "shapes": {},
+        "matched": means(values | spun["freed"]),
+        "matched_with_frequency": {
+            n: float(v.mean()) for n, v in (raw | {"rotated": rotated["raw"]}).items()
+        },
+        "largest": float(native["freed"].max()),
+        "neighbours": means(near),
+        "cka": {name: float(ours.over_pairs(cka, *sides).mean()) for name, sides in alike.items()},
+        "shapes": {
+            f"{kind} {shape}": {
+                "seeds": len(seeds[kind, shape].labs),
+                **{
+                    name: {"native": float(own[name].mean()), "rotated": spun[name].mean((1, 2)).tolist()}
+                    for name in own
+                },
+            }
+            for (kind, shape), (own, spun) in found.items()
+        },
     }
-    lines = [
-        f"{'kind':9} {'size':7} {'seeds':>5}  matched, native  rotated (range of {lab.ROTATIONS})  CKA of E"
-    ]
-    for (kind, shape), s in seeds.items():
-        native, spun = s.over_pairs(matched, s.native).mean(), rotated[kind, shape].mean((1, 2))
-        E = s.codes(coordinates)
-        alike = float(np.mean([cka(E[i], E[j]) for i, j in s.pairs]))
-        report.numbers["shapes"][f"{kind} {shape}"] = {
-            "seeds": len(s.labs),
-            "native": float(native),
-            "rotated": [float(spun.min()), float(spun.mean()), float(spun.max())],
-            "cka": alike,
-        }
-        span = f"{spun.mean():.3f} ({spun.min():.3f} to {spun.max():.3f})"
-        lines.append(f"{kind:9} {shape:7} {len(s.labs):>5}  {native:<15.3f}  {span:27}  {alike:.3f}")
-    report.gallery = "\n".join(lines)
-    for name, values in found.items():
-        for (i, j), row in zip(ours.pairs, values, strict=True):
-            for signal, value in enumerate(row):
-                report.row("|correlation|", value, dictionary=name, control=f"seeds {i}, {j}", signal=signal)
-    for name, values in near.items():
-        report.row("neighbours in common", values.mean(), dictionary=name)
+    for name, table in (("|correlation|", values), ("|correlation|, frequency left in", raw)):
+        for dictionary, lines in table.items():
+            for (i, j), row in zip(ours.pairs, lines, strict=True):
+                where = {"dictionary": dictionary, "control": f"seed {i} to {j}"}
+                for signal, value in enumerate(row):
+                    report.row(name, value, signal=signal, **where)
+    for name, v in near.items():
+        report.row("neighbours in common", v.mean(), dictionary=name)
+    for name, value in report.numbers["cka"].items():
+        report.row("linear CKA", value, control=name)
+    report.gallery = gallery(report.numbers["shapes"])
     report.notes.append(
-        f"Signals with a partner above {SHARED}: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in report.numbers["shared"].items())
-        + ". With log frequency regressed out, mean |correlation|: "
-        + ", ".join(f"{name} {v:.3f}" for name, v in freed.items())
-        + "."
+        f"With frequency left in, mean |correlation|: {listed(report.numbers['matched_with_frequency'])}."
     )
-    figure(report, found, rotated["factored", size])
+    report.notes.append(f"Linear CKA: {listed(report.numbers['cka'])}.")
+    figure(report, values | {"rotated": rotated["freed"][0]})
     return report
 
 
-def figure(report, found, rotated):
+def means(values):
+    return {name: float(v.mean()) for name, v in values.items()}
+
+
+def listed(values):
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def gallery(shapes):
+    """The kinds and shapes as a table, native beside its own rotations."""
+    titles = ("kind", "size", "seeds", "beyond frequency: native, rotated", "with frequency: native, rotated")
+    lines = ["{:9} {:7} {:5}  {:37}  {}".format(*titles)]
+    for name, values in shapes.items():
+        cells = []
+        for part in (values["freed"], values["raw"]):
+            spun = part["rotated"]
+            cells.append(f"{part['native']:.3f}  {np.mean(spun):.3f} ({min(spun):.3f} to {max(spun):.3f})")
+        kind, size = name.split()
+        lines.append(f"{kind:9} {size:7} {values['seeds']:5}  {cells[0]:37}  {cells[1]}")
+    return "\n".join(lines)
+
+
+def figure(report, shown):
     plt = lab.pyplot()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    shown = found | {"rotated": rotated[0]}
     for name, values in shown.items():
         y = np.sort(values.ravel())[::-1]
         left.plot(np.linspace(0, 100, len(y)), y, color=lab.COLOURS[name], label=name)
-    left.set(xlabel="signals, best first, %", ylabel="|correlation| with the partner", ylim=(0, 1))
+    left.set(xlabel="signals, best first, %", ylabel="|correlation| with the partner", ylim=(0, None))
     left.legend(ncols=2, fontsize=7)
     shapes = report.numbers["shapes"]
     for i, values in enumerate(shapes.values()):
-        low, _, high = values["rotated"]
+        low, high = min(values["freed"]["rotated"]), max(values["freed"]["rotated"])
         right.plot([i, i], [low, high], color=lab.COLOURS["rotated"], lw=7, alpha=0.45)
-        right.scatter(i, values["native"], color=lab.COLOURS["native"], marker="D", zorder=3)
+        right.scatter(i, values["freed"]["native"], color=lab.COLOURS["native"], marker="D", zorder=3)
     names = [name.replace("factored", "fact.").replace(" ", "\n") for name in shapes]
     right.set_xticks(range(len(shapes)), names, fontsize=7)
-    right.set(ylabel="mean |correlation|", title="native (diamond) against rotations (band)")
-    m = report.numbers["matched"]
+    right.set(ylabel="mean |correlation|", title="native (diamond) against rotations (band)", ylim=(0, None))
+    n, m = report.numbers, report.numbers["matched"]
     title = (
-        f"Signals of two seeds, matched one to one: |correlation| {m['native']:.2f}, rotated "
-        f"{rotated.mean():.2f}, coordinates of E {m['E']:.2f}, PCA {m['pca']:.2f} ({report.numbers['size']}, "
-        f"{report.numbers['seeds']} seeds)"
+        f"Signals of two seeds beyond frequency, matched one to one: |correlation| {m['native']:.3f}, "
+        f"rotated {m['rotated']:.3f} ({n['size']}, {n['seeds']} seeds)"
     )
     report.figure(fig, "stability", title)
 

@@ -17,6 +17,7 @@ from experiments import lab
 from hardware import count_parameters
 from model import ModelConfig
 
+SCHEDULE = ("lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "grad_clip", "init_from")
 NAMES = ("hard_sparsity", "convergence", "stability")
 
 
@@ -51,24 +52,24 @@ class Study:
     def by_shape(self):
         """{(kind, size): {seed: (loss, parameters, folder)}}; size is "layers x width".
 
-        Raises UserError for runs that saw different data or amounts of it, or two of one kind, size and seed:
-        their losses do not compare.
+        Raises UserError for runs whose losses do not compare: other data or batches, one kind and size but
+        other settings than the seed, or one of each.
         """
-        table, seen = {}, {}
+        table, alike = {}, {}
         for step, state in self.runs:
             m, train = state["config"]["model"], state["config"]["train"]
             name, kind, size = step.parent.name, m["vocab"], f"{m['n_layer']}x{m['n_embd']}"
-            amount = state["step"] * train["batch_size"] * m["block_size"]
-            seen.setdefault((state.get("data_sha256"), amount), name)
-            if len(seen) > 1:
-                first, other = seen.values()
-                raise UserError(f"{first} and {other} differ in data or tokens: give a narrower --runs")
+            batches = [state.get("data_sha256"), state["step"], train["batch_size"], m["block_size"]]
+            settings = [m, *(train.get(key) for key in SCHEDULE)]
+            for key, value, what in (
+                ((), batches, "data, steps, batch_size or block_size"),
+                ((kind, size), settings, "more than their seed"),
+                ((kind, size, train["seed"]), name, f"nothing: {kind} {size}, seed {train['seed']}"),
+            ):
+                other, expected = alike.setdefault(key, (name, value))
+                if value != expected:
+                    raise UserError(f"{other} and {name} differ in {what}: give a narrower --runs")
             seeds = table.setdefault((kind, size), {})
-            if train["seed"] in seeds:
-                other = seeds[train["seed"]][2].name
-                raise UserError(
-                    f"{other} and {name} are both {kind} {size}, seed {train['seed']}: give a narrower --runs"
-                )
             seeds[train["seed"]] = state["whole_val_loss"], count_parameters(ModelConfig(**m)), step.parent
         return table
 
@@ -76,6 +77,9 @@ class Study:
         return {
             "run": {"name": str(self.folder), "step": max(state["step"] for _, state in self.runs)},
             "runs": [lab.run_identity(step, state) for step, state in self.runs],
+            "made_from": {
+                step.parent.name: lab.file_sha256(step / "model.safetensors") for step, _ in self.runs
+            },
             "val_loss": {},
         }
 

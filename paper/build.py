@@ -229,10 +229,12 @@ def seeds():
     fig, ax = pyplot().subplots(figsize=(3.4, 2.2))
     for name, values in shapes.items():
         kind, size = name.split()
-        x, (low, _, high) = sizes.index(size) + 0.2 * (kinds.index(kind) - 1), values["rotated"]
-        ax.plot([x, x], [low, high], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt")
+        x, spun = sizes.index(size) + 0.2 * (kinds.index(kind) - 1), values["freed"]["rotated"]
+        ax.plot(
+            [x, x], [min(spun), max(spun)], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt"
+        )
         label = kind if size == sizes[0] else None
-        ax.scatter(x, values["native"], 20, KINDS[kind], marker="D", zorder=3, label=label)
+        ax.scatter(x, values["freed"]["native"], 20, KINDS[kind], marker="D", zorder=3, label=label)
     ax.set_xticks(range(len(sizes)), sizes)
     ax.set(xlabel="layers x width", ylabel="mean |correlation|", ylim=(0, None))
     ax.legend(ncols=3, fontsize=7, loc="lower center")
@@ -260,14 +262,21 @@ def supported(found):
     return sum(c["verdict"] == "supported" for c in found)
 
 
+def tested(run):
+    """The claims about a run's signals in which random rotations are among the rivals."""
+    return [c for c in signals(run) if any(name.endswith("rotations (range)") for name in c["controls"])]
+
+
 def privilege(run):
-    """How often a run's signals beat all gauges, beside the coordinates of the plain model's embedding."""
+    """How often a run's signals beat all rotations, beside the coordinates of the plain model's embedding."""
     plain = SUBJECT["coordinates"]
-    native, other = (sum(c["reason"].startswith("beats") for c in signals(r)) for r in (run, plain))
+    native, other = (sum(c["reason"].startswith("beats") for c in tested(r)) for r in (run, plain))
+    own = sum("E" in c["controls"] or "baseline" in c["controls"] for c in signals(plain))
     return (
-        f"The learned signals beat all 19 random changes of gauge in {native} claims of kind signals; the"
-        f" coordinates of the plain GPT's embedding, which has no factors (`{plain}`), in {other}"
-        f" ({supported(signals(plain))} supported). Claims with a published counterpart:"
+        f"Random rotations are among the rivals in {len(tested(run))} claims of kind signals. The learned"
+        f" signals beat all 19 in {native} of these; the coordinates of the plain GPT's embedding, which has"
+        f" no factors (`{plain}`), in {other}, and all rivals in {supported(signals(plain))} ({own} it cannot"
+        " win, being among the rivals itself). Claims with a published counterpart:"
     )
 
 

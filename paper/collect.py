@@ -2,10 +2,11 @@
 Gather what the paper is made of into paper/results, which is committed: enough to build it anywhere.
 
     python paper/collect.py --runs=out/reflow-mini,out/gpt2-new-mini,out/reflow-nano,out/gpt2-new-nano
-    python paper/collect.py --studies=out/studies --bench=out/bench.json
+    python paper/collect.py --studies=out/studies --minis=out/minis --bench=out/bench.json
 
-A run brings its configuration, losses and curve (runs.json), and its experiments, if it has any, which must
-belong to the very checkpoint that the run stands at. What is not named stays as it is.
+A run brings its configuration, losses and curve (runs.json), and its experiments, if it has any. What is not
+named stays as it is. Nothing is written unless every result, new or kept, belongs to the very weights that
+runs.json tells of.
 """
 
 import sys
@@ -39,7 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 @dataclass
 class CollectConfig:
     runs: str = ""  # folders of runs, separated by commas
-    studies: str = ""  # folders with results of studies, and perhaps their runs, separated by commas
+    studies: str = ""  # folder of the runs of experiments/studies.py, with the results of all studies
+    minis: str = ""  # folder with results of studies of the main runs (their --out)
     bench: str = ""  # bench.py's file
 
 
@@ -62,6 +64,7 @@ def describe(step, state):
         steps, losses = curve(step.parent)
     speeds = [r["tokens_per_s"] for r in rows if r.get("tokens_per_s")]
     return lab.run_identity(step, state) | {
+        "weights_sha256": lab.file_sha256(step / "model.safetensors"),
         "config": config,
         "corpus": corpus(state),
         "parameters": count_parameters(ModelConfig(**config["model"])),
@@ -73,11 +76,22 @@ def describe(step, state):
     }
 
 
-def copy(result, folder):
-    """Copy result.json and rows.csv of an experiment's folder as <name>.json and <name>.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, ending in (("result.json", "json"), ("rows.csv", "csv")):
-        shutil.copyfile(result / file, folder / f"{result.name}.{ending}")
+def check(result, origin, runs):
+    """UserError unless a result, from `origin`, was made from the runs of runs.json, weights and all."""
+    for name, weights in result["made_from"].items():
+        if name in runs and runs[name]["weights_sha256"] != weights:
+            raise UserError(
+                f"{origin} was made from another {name}: run that experiment again and name it here"
+            )
+    for made_from in result.get("runs") or [result["run"]]:
+        known = runs.get(made_from["name"])
+        if known is None:
+            raise UserError(f"{origin} was made from {made_from['name']}: name that in --runs")
+        if any(known[key] != value for key, value in made_from.items()):
+            raise UserError(
+                f"{origin} belongs to another checkpoint or configuration of {made_from['name']}:"
+                " run that experiment again and name it here"
+            )
 
 
 def methods():
@@ -93,49 +107,49 @@ def methods():
     return found
 
 
-def study_results(folder):
-    """The folders of those results of studies that `folder` has. UserError if it has none."""
-    found = [folder / "experiments" / name for name in study.NAMES]
-    found = [result for result in found if (result / "result.json").exists()]
-    if not found:
-        raise UserError(f"no studies in {folder / 'experiments'}: make studies; nothing was collected")
+def results_in(folder, names, needed=()):
+    """{name: folder} of the results that `folder`/experiments has; UserError if a needed one is missing."""
+    found = {name: folder / "experiments" / name for name in names}
+    found = {name: path for name, path in found.items() if (path / "result.json").exists()}
+    for name in needed:
+        if name not in found:
+            raise UserError(
+                f"no {folder / 'experiments' / name}: make studies writes it; nothing was collected"
+            )
     return found
 
 
 def main():
     (c,) = configurator.parse(CollectConfig)
-    compared = {Path(folder): study_results(Path(folder)) for folder in c.studies.split(",") if folder}
-    if c.bench and not Path(c.bench).exists():
-        raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")
     path = RESULTS / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    copies = []  # (result's folder, where it goes): all are checked before anything is written
+    copies = {}  # file of paper/results, without its ending -> folder of the result
     for name in filter(None, c.runs.split(",")):
         step = checkpoint.find(name)
-        state = checkpoint.read_state(step)
-        found = [step.parent / "experiments" / n for n in NAMES]
-        found = [folder for folder in found if (folder / "result.json").exists()]
-        identity = lab.run_identity(step, state)
-        for folder in found:
-            made_from = json.loads((folder / "result.json").read_text(encoding="utf-8"))["run"]
-            if made_from != identity:
-                again = f"python experiments/run_all.py --run={step.parent}"
-                raise UserError(f"{folder} belongs to another checkpoint or configuration: {again}")
-        runs[step.parent.name] = describe(step, state)
-        copies += [(folder, step.parent.name) for folder in found]
-        print(f"{step.parent.name}: step {state['step']}, {len(found)} experiments")
-    for folder, found in compared.items():
-        if any(folder.glob("*/latest")):  # those that are not here must be among --runs, now or before
-            for step, state in study.find_runs(f"{folder}/*"):
-                runs[step.parent.name] = describe(step, state)
-        for result in found:
-            for made_from in json.loads((result / "result.json").read_text(encoding="utf-8"))["runs"]:
-                known = runs.get(name := made_from["name"], {})
-                if any(known.get(key) != value for key, value in made_from.items()):
-                    raise UserError(f"{result}: its {name} is not the one known here: name it in --runs")
-            copies.append((result, folder.name))
-    for folder, name in copies:
-        copy(folder, RESULTS / name)
+        run = step.parent.name
+        runs[run] = describe(step, checkpoint.read_state(step))
+        found = results_in(step.parent, NAMES)
+        copies |= {f"{run}/{name}": folder for name, folder in found.items()}
+        print(f"{run}: step {runs[run]['step']}, {len(found)} experiments")
+    if c.studies:
+        found = results_in(Path(c.studies), study.NAMES, needed=study.NAMES)
+        copies |= {f"studies/{name}": folder for name, folder in found.items()}
+        for step, state in study.find_runs(f"{c.studies}/*"):
+            runs[step.parent.name] = describe(step, state)
+    if c.minis:
+        found = results_in(Path(c.minis), study.NAMES, needed=("hard_sparsity", "convergence"))
+        copies |= {f"minis/{name}": folder for name, folder in found.items()}
+    if c.bench and not Path(c.bench).exists():
+        raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")
+
+    kept = {str(p.relative_to(RESULTS).with_suffix("")): p for p in RESULTS.glob("*/*.json")}
+    new = {name: folder / "result.json" for name, folder in copies.items()}
+    for origin in (kept | new).values():
+        check(json.loads(origin.read_text(encoding="utf-8")), origin, runs)
+    for name, folder in copies.items():
+        (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
+        for file, ending in (("result.json", "json"), ("rows.csv", "csv")):
+            shutil.copyfile(folder / file, RESULTS / f"{name}.{ending}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     if c.bench:
         shutil.copyfile(c.bench, RESULTS / "bench.json")

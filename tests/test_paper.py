@@ -4,11 +4,15 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+from lab_fixtures import corpus, save_run, tiny
+from safetensors.torch import save_file
 
 import checkpoint
+from data.shards import Dataset
 from data.tokenizer import encoding
 from experiments import lab
 from paper import build, collect
@@ -33,7 +37,7 @@ def test_a_run_s_hash_is_that_of_its_configuration(name):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_result_belongs_to_the_run_it_names(path):
-    """Configuration, step and data of a result are those of the run in runs.json."""
+    """Configuration, step, data and weights of a result are those of the run in runs.json."""
     result = json.loads(path.read_text(encoding="utf-8"))
     named = result.get("runs") or [result["run"]]  # a study compares many
     assert "runs" in result or path.parent.name == named[0]["name"]
@@ -41,6 +45,8 @@ def test_a_result_belongs_to_the_run_it_names(path):
         known = runs()[run["name"]]
         for key in ("config_sha256", "data_sha256", "step"):
             assert run[key] == known[key], f"{path} was made from another {run['name']}: {key}"
+    for name, weights in result["made_from"].items():
+        assert runs()[name]["weights_sha256"] == weights, f"{path} was made from another {name}"
 
 
 def test_every_figure_and_file_of_the_paper_exists_and_is_drawn_by_the_script():
@@ -131,41 +137,70 @@ def test_the_committed_results_are_small():
     assert size < 5e6
 
 
-def test_collect_refuses_results_of_another_checkpoint(tmp_path, monkeypatch):
-    """An experiment made from another step or configuration than the run's is no result of that run."""
-    run = tmp_path / "run"
-    folder = run / "experiments" / "ablate_signal"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"run": {"name": "run", "step": 1}}))
-    state = {"step": 2, "config": {"model": {}, "train": {}}, "data_sha256": "x"}
-    monkeypatch.setattr(collect.checkpoint, "find", lambda name: run / "step_000002")
-    monkeypatch.setattr(collect.checkpoint, "read_state", lambda step: state)
-    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(collect.sys, "argv", ["collect.py", f"--runs={run}"])
-    with pytest.raises(collect.UserError, match="another checkpoint"):
-        collect.main()
-    assert not (tmp_path / "results").exists()
+def collected(monkeypatch, results, *arguments):
+    monkeypatch.setattr(collect, "RESULTS", results)
+    monkeypatch.setattr(collect.sys, "argv", ["collect.py", *arguments])
+    collect.main()
+
+
+def test_collect_keeps_no_result_of_another_checkpoint(tmp_path, monkeypatch):
+    """A run goes on, or is trained again: results made before, new ones or those collected, are refused."""
+    run = save_run(tmp_path / "run", tiny(), data := corpus(tmp_path / "data", repeats=1))
+    sha = Dataset(data, "val", 1).data_sha256
+
+    def state(**changes):
+        file = checkpoint.find(run) / "state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    def experiment():
+        report = lab.Report(lab.Lab(lab.LabConfig(run=str(run), device="cpu")), "ablate_signal")
+        report.save()
+
+    state(data_sha256=sha)
+    train = checkpoint.read_state(checkpoint.find(run))["config"]["train"]
+    experiment()
+    results = tmp_path / "results"
+    collected(monkeypatch, results, f"--runs={run}")
+    before = {p: p.read_bytes() for p in results.rglob("*.*")}
+    assert {p.name for p in before} == {
+        "runs.json",
+        "methods.json",
+        "ablate_signal.json",
+        "ablate_signal.csv",
+    }
+    state(best_val_loss=1.0)  # nothing that a result depends on
+    collected(monkeypatch, results, f"--runs={run}")
+    assert before == {p: p.read_bytes() for p in results.rglob("*.*")}
+
+    state(val_loss=1.0, config={"model": asdict(tiny().config), "train": train | {"lr": 1}})
+    with pytest.raises(collect.UserError, match="another checkpoint or configuration of run"):
+        collected(monkeypatch, results, f"--runs={run}")
+    experiment()
+    collected(monkeypatch, results, f"--runs={run}")
+    weights = checkpoint.find(run) / "model.safetensors"
+    save_file(dict(tiny(seed=1).state_dict()), weights)  # the same configuration, trained again
+    lab.file_sha256.cache_clear()
+    before = {p: p.read_bytes() for p in results.rglob("*.*")}
+    for _ in range(2):  # the run's own results, then those that were collected before
+        with pytest.raises(collect.UserError, match="was made from another run"):
+            collected(monkeypatch, results, f"--runs={run}")
+        shutil.rmtree(run / "experiments", ignore_errors=True)
+    assert before == {p: p.read_bytes() for p in results.rglob("*.*")}
 
 
 def test_a_run_whose_data_is_not_here_is_not_collected(tmp_path, monkeypatch):
     """Sources and tokens are those of the data it was trained on; without it nothing is written."""
-    state = {"step": 2, "config": {"model": {}, "train": {"dataset": "sotu"}}, "data_sha256": "another"}
-    monkeypatch.setattr(collect.checkpoint, "find", lambda name: tmp_path / "run" / "step_000002")
-    monkeypatch.setattr(collect.checkpoint, "read_state", lambda step: state)
-    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(collect.sys, "argv", ["collect.py", "--runs=run"])
-    with pytest.raises(collect.UserError, match="sotu that the run was trained on is not here"):
-        collect.main()
+    run = save_run(tmp_path / "run", tiny(), corpus(tmp_path / "data", repeats=1))  # of another hash
+    with pytest.raises(collect.UserError, match="data that the run was trained on is not here"):
+        collected(monkeypatch, tmp_path / "results", f"--runs={run}")
     assert not (tmp_path / "results").exists()
 
 
 def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch):
     """Studies or a bench that were not run, and a result that was deleted: one line, nothing half written."""
-    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
-    for option in ("studies", "bench"):
-        monkeypatch.setattr(collect.sys, "argv", ["collect.py", f"--{option}={tmp_path / 'nothing'}"])
+    for option in ("studies", "minis", "bench"):
         with pytest.raises(collect.UserError, match="nothing was collected"):
-            collect.main()
+            collected(monkeypatch, tmp_path / "results", f"--{option}={tmp_path / 'nothing'}")
     assert not (tmp_path / "results").exists()
     shutil.copytree(build.RESULTS, tmp_path / "results")
     run = build.SUBJECT["runs"]["factored"]

@@ -47,9 +47,9 @@ def test_gaps_are_paired_by_seed():
     t = table(0.02)
     expected = (5 - 0.1 * np.log(8e6 * 4)) / (5 - 0.1 * np.log(10e6 * 4)) * 1.02 - 1
     found = convergence.gaps(t, "factored", "4x128")
-    assert np.allclose(found, expected, atol=5e-4)
+    assert np.allclose(list(found.values()), expected, atol=5e-4)
     del t["factored", "4x128"][1]
-    assert len(convergence.gaps(t, "factored", "4x128")) == 2
+    assert list(convergence.gaps(t, "factored", "4x128")) == [0, 2]
 
 
 def test_gap_at_equal_parameters_is_the_planted_one():
@@ -123,18 +123,23 @@ def test_the_studies_run_on_saved_runs(tmp_path, capsys):
 
 
 def test_runs_that_do_not_compare_are_refused(tmp_path):
-    """Two runs of one kind, size and seed, or of different data: which is meant, the user must say."""
+    """Equal but for nothing, unlike in more than the seed, other data: which are meant, the user must say."""
     data = corpus(tmp_path / "data", repeats=1)
-    for name in ("a", "b"):
-        save_trained(tmp_path / "runs" / name, tiny(), data, seed=0)
+    for name, n_signal in (("a", 16), ("b", 16), ("c", 8)):
+        save_trained(tmp_path / "runs" / name, tiny(n_signal=n_signal), data, seed=0)
     save_run(tmp_path / "runs" / "made", tiny(), data)  # not trained: no metrics
-    runs = opened(f"{tmp_path}/runs/*", tmp_path)
-    assert [step.parent.name for step, _ in runs.runs] == ["a", "b"]
-    with pytest.raises(UserError, match="a and b are both factored 2x16, seed 0"):
-        runs.by_shape()
-    runs.runs[1][1]["data_sha256"] = "another"
-    with pytest.raises(UserError, match="a and b differ in data or tokens"):
-        runs.by_shape()
+    a, b, c = study.find_runs(f"{tmp_path}/runs/*")
+    assert [step.parent.name for step, _ in (a, b, c)] == ["a", "b", "c"]
+    cases = {
+        "a and b differ in nothing: factored 2x16, seed 0": (a, b),
+        "a and c .* more than their seed": (a, c),
+    }
+    for match, runs in cases.items():
+        with pytest.raises(UserError, match=match):
+            study.Study(tmp_path, runs).by_shape()
+    b[1]["data_sha256"] = "another"
+    with pytest.raises(UserError, match="a and b differ in data, steps"):
+        study.Study(tmp_path, (a, b)).by_shape()
 
 
 def test_partners_are_the_best_assignment_by_brute_force():
