@@ -226,18 +226,21 @@ def seeds():
     """How well signals of two seeds match, beside rotated ones, for every kind and shape with seeds."""
     shapes = load("studies/stability")["numbers"]["shapes"]
     kinds, sizes = (list(dict.fromkeys(names)) for names in zip(*map(str.split, shapes), strict=True))
-    fig, ax = pyplot().subplots(figsize=(3.4, 2.2))
-    for name, values in shapes.items():
-        kind, size = name.split()
-        x, spun = sizes.index(size) + 0.2 * (kinds.index(kind) - 1), values["freed"]["rotated"]
-        ax.plot(
-            [x, x], [min(spun), max(spun)], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt"
-        )
-        label = kind if size == sizes[0] else None
-        ax.scatter(x, values["freed"]["native"], 20, KINDS[kind], marker="D", zorder=3, label=label)
-    ax.set_xticks(range(len(sizes)), sizes)
-    ax.set(xlabel="layers x width", ylabel="mean |correlation|", ylim=(0, None))
-    ax.legend(ncols=3, fontsize=7, loc="lower center")
+    fig, axes = pyplot().subplots(1, 2, figsize=(3.5, 2.1))
+    for ax, part, title in zip(
+        axes, ("raw", "freed"), ("frequency left in", "beyond frequency"), strict=True
+    ):
+        for name, values in shapes.items():
+            kind, size = name.split()
+            x, spun = sizes.index(size) + 0.25 * (kinds.index(kind) - 1), values[part]["rotated"]
+            ax.plot([x - 0.1, x + 0.1], [np.mean(spun)] * 2, color=COLOURS["rotated"], lw=2)
+            ax.plot([x, x], [min(spun), max(spun)], color=COLOURS["rotated"], lw=2)
+            label = kind if size == sizes[0] else None
+            ax.scatter(x, values[part]["native"], 12, KINDS[kind], marker="D", zorder=3, label=label)
+        ax.set_xticks(range(len(sizes)), sizes, fontsize=6.5)
+        ax.set(title=title, ylim=(0, 1.08 * ax.get_ylim()[1]))
+    axes[0].set(ylabel="mean |correlation|")
+    axes[1].legend(fontsize=6.5, loc="lower left")
     save(fig, "seeds")
 
 
