@@ -321,7 +321,8 @@ def release(step, to, dtype="fp32"):
     """Write checkpoint folder `step` to `to` without its optimiser: a run of one checkpoint. UserError."""
     model, state = checkpoint.load_model(step)
     weights = {name: w.to(DTYPES[dtype]).contiguous() for name, w in model.state_dict().items()}
-    kept = ("step", "config", "data_sha256", "val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
+    losses = ("val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
+    kept = ("step", "config", "data_sha256", "dtype", *losses)
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
         if (step / lab.COUNTS).exists():

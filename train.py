@@ -89,7 +89,7 @@ class TrainConfig:
 
 # What decides a run's curve: a resumption with another value is allowed, and said.
 CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"}
-CURVE |= {"grad_clip", "seed"}
+CURVE |= {"grad_clip", "seed", "dtype"}
 
 
 def learning_rate(step, c):
@@ -237,7 +237,7 @@ def compile_blocks(model, x, y, autocast):
     model.train().zero_grad(set_to_none=True)
 
 
-def check_same_run(before, m, c, data_sha256):
+def check_same_run(before, m, c, data_sha256, dtype):
     """Raise UserError unless the checkpoint `before` belongs to this model and data; say what else is new."""
     old = before["config"]
     if changed := [
@@ -248,9 +248,10 @@ def check_same_run(before, m, c, data_sha256):
         raise UserError(
             f"{c.out_dir} was trained on other data than {c.dataset} holds now: give another --out_dir"
         )
-    for key, value in asdict(c).items():
-        if key in CURVE and value != old["train"].get(key):
-            print(f"resuming with another {key}: {old['train'].get(key)} -> {value}")
+    then, now = old["train"] | {"dtype": before.get("dtype", dtype)}, asdict(c) | {"dtype": dtype}
+    for key, value in now.items():
+        if key in CURVE and value != then.get(key):
+            print(f"resuming with another {key}: {then.get(key)} -> {value}")
 
 
 def find_dataset(name):
@@ -322,6 +323,7 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     dtype = pick_dtype(device, c.dtype)
+    precision = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -358,7 +360,7 @@ def main():
         raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
     step, skipped, val_loss, best, whole_val_loss = 0, 0, None, None, None
     if newest:
-        check_same_run(before, m, c, train_set.data_sha256)
+        check_same_run(before, m, c, train_set.data_sha256, precision)
         step, skipped = before["step"], before["skipped"]
         val_loss, best = before["val_loss"], before["best_val_loss"]
         whole_val_loss = before["whole_val_loss"] if step >= c.max_steps else None  # else it is out of date
@@ -388,6 +390,7 @@ def main():
                 "bits_per_byte": bits_per_byte * (whole_val_loss or val_loss),
                 "config": {"model": asdict(m), "train": asdict(c)},
                 "data_sha256": train_set.data_sha256,
+                "dtype": precision,
                 "scaler": scaler.state_dict(),
                 "skipped": skipped,
                 "versions": versions(),

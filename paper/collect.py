@@ -67,6 +67,7 @@ def describe(step, state):
         "weights_sha256": lab.file_sha256(step / "model.safetensors"),
         "config": config,
         "corpus": corpus(state),
+        "dtype": state.get("dtype"),
         "parameters": count_parameters(ModelConfig(**config["model"])),
         "tokens": state["step"] * config["train"]["batch_size"] * config["model"]["block_size"],
         "tokens_per_s": median(speeds) if speeds else None,
@@ -137,7 +138,7 @@ def main():
         for step, state in study.find_runs(f"{c.studies}/*"):
             runs[step.parent.name] = describe(step, state)
     if c.minis:
-        found = results_in(Path(c.minis), study.NAMES, needed=("hard_sparsity", "convergence"))
+        found = results_in(Path(c.minis), study.NAMES, needed=("hard_sparsity", "stability"))
         copies |= {f"minis/{name}": folder for name, folder in found.items()}
     if c.bench and not Path(c.bench).exists():
         raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")

@@ -576,11 +576,15 @@ def test_a_run_is_never_overwritten_nor_mixed(tiny, tmp_path, capsys):
         assert "\n" not in str(error.value)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
-    go(
-        tiny, run, "--resume", "--max_steps=5", "--lr=1e-4", "--micro_batch_size=2"
-    )  # these may change; some are said
+    changes = ("--max_steps=5", "--lr=1e-4", "--micro_batch_size=2", "--dtype=bf16")
+    go(tiny, run, "--resume", *changes)  # these may change; some are said
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming with another")]
-    assert said == ["resuming with another max_steps: 4 -> 5", "resuming with another lr: 0.003 -> 0.0001"]
+    assert said == [
+        "resuming with another max_steps: 4 -> 5",
+        "resuming with another lr: 0.003 -> 0.0001",
+        "resuming with another dtype: float32 -> bfloat16",
+    ]
+    assert checkpoint.newest_whole(run)[1]["dtype"] == "bfloat16"
 
 
 def test_a_pickle_in_the_run_is_never_loaded(tiny, tmp_path):
