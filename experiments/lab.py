@@ -266,14 +266,14 @@ class Lab:
             return shape, state["step"], state.get("data_sha256")
 
         for run in checkpoint.runs(self.folder.parent):
-            try:
-                step = checkpoint.find(run)
-                state = checkpoint.read_state(step)
-            except UserError:
-                continue
-            dense = state["config"]["model"]["vocab"] == "dense"
-            if dense and step != self.step and key(state) == key(self.state):
-                return step
+            for step in reversed(checkpoint.steps(run)):  # its best may be of another step
+                try:
+                    state = checkpoint.read_state(step)
+                except UserError:
+                    continue
+                dense = state["config"]["model"]["vocab"] == "dense"
+                if dense and step != self.step and key(state) == key(self.state):
+                    return step
         return None
 
     @functools.cached_property

@@ -58,6 +58,10 @@ def corpus(state):
 def describe(step, state):
     """What runs.json holds of a run; one that export.py made of another has no curve and no speed."""
     config, metrics = state["config"], step.parent / "metrics.jsonl"
+    if state["whole_val_loss"] is None:
+        raise UserError(
+            f"{step} has no loss over the whole validation split: name the last checkpoint of a finished run"
+        )
     rows, steps, losses = [], (), ()
     if metrics.exists():
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -129,7 +133,7 @@ def main():
         step = checkpoint.find(name)
         run = step.parent.name
         runs[run] = describe(step, checkpoint.read_state(step))
-        found = results_in(step.parent, NAMES)
+        found = results_in(lab.results_folder(name, step).parent, NAMES)
         copies |= {f"{run}/{name}": folder for name, folder in found.items()}
         print(f"{run}: step {runs[run]['step']}, {len(found)} experiments")
     if c.studies:
@@ -138,7 +142,7 @@ def main():
         for step, state in study.find_runs(f"{c.studies}/*"):
             runs[step.parent.name] = describe(step, state)
     if c.minis:
-        found = results_in(Path(c.minis), study.NAMES, needed=("hard_sparsity", "stability"))
+        found = results_in(Path(c.minis), study.NAMES, needed=study.NAMES)
         copies |= {f"minis/{name}": folder for name, folder in found.items()}
     if c.bench and not Path(c.bench).exists():
         raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")

@@ -149,6 +149,21 @@ def test_the_lab_finds_its_controls(room, runs):
     assert open_lab(runs.parent / "dense").reflow.dictionary.atoms.equal(torch.eye(16))
 
 
+def test_the_baseline_is_taken_at_the_step_of_the_run(tmp_path):
+    """The best checkpoints of two finished runs may be of different steps; models of one step compare."""
+    data = corpus(tmp_path / "data", repeats=1)
+    run, dense = (
+        save_run(tmp_path / name, tiny(vocab=name), data, step=step)
+        for name, step in (("factored", 1), ("dense", 2))
+    )
+    assert open_lab(run).baseline is None
+    same = dense / "step_000001"
+    shutil.copytree(dense / "step_000002", same)
+    state = json.loads((same / "state.json").read_text())
+    (same / "state.json").write_text(json.dumps(state | {"step": 1}))
+    assert checkpoint.find(dense).name == "step_000002" and open_lab(run)._find_baseline() == same
+
+
 def test_shuffled_recipes_stay_among_like_frequencies(room):
     """A token seen 8 to 15 times gets the recipe of another such token."""
     part = torch.from_numpy(np.flatnonzero((room.counts >= 8) & (room.counts < 16)))

@@ -188,10 +188,35 @@ def test_collect_keeps_no_result_of_another_checkpoint(tmp_path, monkeypatch):
     assert before == {p: p.read_bytes() for p in results.rglob("*.*")}
 
 
+def test_a_named_checkpoint_brings_its_own_results(tmp_path, monkeypatch):
+    """--runs=<run>/step_... collects what the experiments wrote there, not what they wrote for the run."""
+    data = corpus(tmp_path / "data", repeats=1)
+    run = save_run(tmp_path / "run", tiny(), data)
+    (step,) = [s for s in checkpoint.steps(run) if s.name != "step_000000"]
+    sha = Dataset(data, "val", 1).data_sha256
+    file = step / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_sha256": sha}))
+    for folder, mark in ((run, "run"), (step, "step")):
+        result = folder / "experiments" / "nearest_neighbors"
+        result.mkdir(parents=True)
+        identity = lab.run_identity(step, checkpoint.read_state(step))
+        (result / "result.json").write_text(json.dumps({"run": identity, "made_from": {}, "mark": mark}))
+        (result / "rows.csv").write_text(mark)
+    for given, mark in ((run, "run"), (step, "step")):
+        collected(monkeypatch, tmp_path / "results", f"--runs={given}")
+        kept = tmp_path / "results" / "run" / "nearest_neighbors"
+        assert json.loads(kept.with_suffix(".json").read_text())["mark"] == mark
+        assert kept.with_suffix(".csv").read_text() == mark
+
+
 def test_a_run_whose_data_is_not_here_is_not_collected(tmp_path, monkeypatch):
     """Sources and tokens are those of the data it was trained on; without it nothing is written."""
     run = save_run(tmp_path / "run", tiny(), corpus(tmp_path / "data", repeats=1))  # of another hash
     with pytest.raises(collect.UserError, match="data that the run was trained on is not here"):
+        collected(monkeypatch, tmp_path / "results", f"--runs={run}")
+    file = checkpoint.find(run) / "state.json"  # nor is one that is not finished
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"whole_val_loss": None}))
+    with pytest.raises(collect.UserError, match="no loss over the whole validation split"):
         collected(monkeypatch, tmp_path / "results", f"--runs={run}")
     assert not (tmp_path / "results").exists()
 
