@@ -71,6 +71,17 @@ def test_round_trip(run):
     ]
 
 
+def test_who_may_read_a_checkpoint_is_what_the_umask_says(tmp_path):
+    """A group on a shared disk reads the weights as well as state.json."""
+    before = os.umask(0o027)
+    try:
+        save(tmp_path / "a", 1)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "a" / "step_000001").iterdir())
+    assert len(files) == 3 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
 class Crash(BaseException):
     """The process dies here."""
 
