@@ -51,9 +51,7 @@ def whole_folder(final):
     try:
         yield temporary
         for file in temporary.iterdir():
-            file.chmod(
-                temporary.stat().st_mode & 0o666
-            )  # safetensors makes its own private, whatever the umask
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors' are private, whatever the umask
             flush(file)
         flush(temporary)
         shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
