@@ -224,7 +224,9 @@ def curves(subject):
 
 def seeds():
     """How well signals of two seeds match, beside rotated ones, for every kind and shape with seeds."""
-    shapes = load("studies/stability")["numbers"]["shapes"]
+    shapes = {}
+    for name in ("studies/stability", "minis/stability"):
+        shapes |= load(name)["numbers"]["shapes"]
     kinds, sizes = (list(dict.fromkeys(names)) for names in zip(*map(str.split, shapes), strict=True))
     fig, axes = pyplot().subplots(1, 2, figsize=(3.5, 2.1))
     for ax, part, title in zip(
@@ -283,6 +285,21 @@ def privilege(run):
     )
 
 
+def beside(run):
+    """What the second seed and the run with hard sparsity say, as Markdown."""
+    hard, second = SUBJECT["runs"]["topk"], SUBJECT["second"]
+    pairs = list(zip(claims(run), claims(second), strict=True))
+    same = sum(a["verdict"] == b["verdict"] for (_, a), (_, b) in pairs)
+    held = [b for (_, a), (_, b) in pairs if a["verdict"] == "supported"]
+    effects = [c for _, c in claims(hard) if c["kind"] == "effect"]
+    return (
+        f"A second seed, `{second}`, has the same verdict in {same} of {len(pairs)} claims and supports"
+        f" {supported(held)} of the {len(held)} supported ones. Recipes held sparse in training, `{hard}`:"
+        f" {supported(effects)} of {len(effects)} and {supported(signals(hard))} of {len(signals(hard))},"
+        " most of the latter because few entries are all they have."
+    )
+
+
 def section():
     """The README's results: what was published, what was measured, what decided, as Markdown."""
     run = SUBJECT["runs"]["factored"]
@@ -297,6 +314,7 @@ def section():
         f"Validation loss, nats per token, one seed each: {losses}.",
         f"Supported: {supported(effects)} of {len(effects)} claims of kind effect,"
         f" {supported(signals(run))} of {len(signals(run))} of kind signals.",
+        beside(run),
         privilege(run),
         "",
         "| claim | published | measured, 95 % interval | decided by | verdict |",

@@ -66,7 +66,7 @@ def prose(text):
     text = re.sub(r"#let [^\n]*(\n[ )}\]][^\n]*)*", "", text)  # definitions and their indented lines
     text = re.sub(r"`[^`]*`|\$[^$]*\$|//[^\n]*|<[\w-]+>|@[\w-]+", "", text)
     text = re.sub(r'"[^"\n]*"', "", text)
-    text = re.sub(r"\b(GPT-2|3CosAdd)\b", "", text)
+    text = re.sub(r"\b(GPT-2|3CosAdd|bfloat16)\b", "", text)
     text = re.sub(r"\w+: \([^()]*\)", "", text)
     for _ in range(8):  # calls in code, from the inside out; what stands in brackets in a sentence stays
         text = re.sub(r"(?<=[\w)\]])\([^()]*\)", "", text)
