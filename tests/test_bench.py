@@ -57,6 +57,7 @@ def test_every_part_has_a_row_that_runs_and_is_written(tmp_path, monkeypatch, ca
         "--only=bench",
         f"--out={out}",
         "--device=cpu",
+        "--dtype=fp32",
     ]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(UserError, match="one of train, memory"):
