@@ -28,7 +28,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,21 +124,25 @@ def ica(E, fit, seed=0):
     """Independent components of E's rows `fit` (FastICA, Hyvarinen 1999): the rotation found after the fact.
 
     Independent axes of embeddings are known to be interpretable (Yamagiwa et al., 2305.13175), so this is the
-    rival that a learned basis has to beat.
+    rival that a learned basis has to beat. Raises UserError if it finds no change of basis at all.
     """
     from sklearn.decomposition import FastICA
 
     row_space, z = in_row_space(E)
     part = z[fit[: max(4000, 8 * z.size(1))]].cpu().numpy()
     fast = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged after 200 iterations: still a fair rotation
-        try:
-            fast.fit(part)
-        except ValueError:  # fp32 takes half the time, but its orthogonalisation may overflow
-            fast.fit(part.astype(np.float64))
-    unmix = torch.as_tensor(fast.components_, dtype=torch.float64)  # (r, r)
-    return Dictionary("ica", z @ unmix.T.to(z), torch.linalg.inv(unmix.T).to(z) @ row_space)
+    for precision in (
+        np.float32,
+        np.float64,
+    ):  # the first takes half the time, but may overflow
+        with warnings.catch_warnings(), suppress(ValueError, torch.linalg.LinAlgError):
+            warnings.simplefilter("ignore")  # not converged after 200 iterations: still a fair rotation
+            fast.fit(part.astype(precision))
+            unmix = torch.as_tensor(fast.components_, dtype=torch.float64)  # (r, r)
+            found = Dictionary("ica", z @ unmix.T.to(z), torch.linalg.inv(unmix.T).to(z) @ row_space)
+            if torch.allclose(found.codes @ found.atoms, E, rtol=0, atol=1e-3 * E.abs().max().item()):
+                return found
+    raise UserError(f"ICA of this embedding failed: give another --seed than {seed}")
 
 
 def in_row_space(E):
@@ -586,13 +590,14 @@ def effect(claim, measured, chance, unit, groups=None, lower=False, published=""
     """
     n = len(measured) if groups is None else len(np.unique(groups))
     controls = {name: estimate(v, groups) for name, v in chance.items()}
-    worst = None
-    for name, values in chance.items():
-        gain = estimate((np.asarray(values) - measured) if lower else (np.asarray(measured) - values), groups)
-        if worst is None or gain.low < worst[1].low:
-            worst = name, gain
+    sign = -1 if lower else 1
+    gains = {name: estimate(sign * (np.asarray(measured) - v), groups) for name, v in chance.items()}
+    # What is no number compares with nothing: it comes first, and nothing is concluded.
+    worst = min(gains.items(), key=lambda item: (not np.isnan(item[1].low), item[1].low), default=None)
     if n < LEAST or worst is None:
         verdict, reason = "inconclusive", f"only {n} {unit}" if worst else "no control"
+    elif np.isnan(worst[1].low):
+        verdict, reason = "inconclusive", f"the gain over {worst[0]} is not a number"
     else:
         rounding = 1e-5 * np.abs(measured).mean()  # a gain below it is none
         verdict = "supported" if worst[1].low > rounding else "not supported"

@@ -60,6 +60,28 @@ def test_a_rotation_keeps_cosines_and_a_skewed_one_does_not():
     assert (cosines(lab.skewed(own, generator)) - cosines(own)).abs().max() > 0.1
 
 
+def test_ica_that_degenerates_is_fitted_again_or_refused(monkeypatch):
+    """In fp32 FastICA may end near a singular matrix without a word: that is no dictionary of E."""
+    from sklearn.decomposition import FastICA
+
+    whole, E = FastICA.fit, tiny().vocab.matrix().detach()
+
+    def fit(bad):
+        def degenerate(self, x):
+            whole(self, x)
+            if x.dtype in bad:
+                self.components_[0] = self.components_[1] * (1 + 1e-9)
+
+        return degenerate
+
+    monkeypatch.setattr(FastICA, "fit", fit([np.float32]))
+    found = lab.ica(E, torch.arange(4000))
+    assert torch.allclose(found.codes @ found.atoms, E, atol=1e-5)
+    monkeypatch.setattr(FastICA, "fit", fit([np.float32, np.float64]))
+    with pytest.raises(UserError, match="ICA of this embedding failed"):
+        lab.ica(E, torch.arange(4000))
+
+
 def test_ica_finds_planted_independent_signals():
     """Sparse independent codes behind a random mixture: ICA's atoms are the planted ones."""
     generator = torch.Generator().manual_seed(0)
@@ -241,6 +263,16 @@ def test_an_effect_that_is_not_there_is_rarely_supported():
         a, b = rng.standard_normal((2, 60))
         supported += lab.effect("", a, {"b": b}, "words").verdict == "supported"
     assert supported <= 10
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_no_number_supports_nothing(names, value):
+    """A control that overflowed is no control that was beaten, wherever it stands."""
+    controls = {"a": np.full(50, 2.0), "b": np.full(50, value)}
+    claim = lab.effect("", np.ones(50), {name: controls[name] for name in names}, "units", lower=True)
+    assert claim.verdict == "inconclusive" and claim.reason == "the gain over b is not a number"
 
 
 def test_an_effect_that_is_there_is_supported_in_its_direction_only():
