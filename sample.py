@@ -4,12 +4,12 @@ Continue text with a trained model.
     python sample.py                                             the newest run under out/
     python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
     python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
-    python sample.py --steer="+joy:4@0-2,-s17:2@1"
+    python sample.py --steer="+joy:0.5@0-2,-s17:0.5@1"
 
 All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
 
---steer pushes the model towards (+) or away from (-) words or signals, as the experiments do: `+joy:4@0-2`
-adds the embedding of " joy", scaled to 4 times the length of the stream, to the stream entering layers 0, 1
+--steer pushes the model towards (+) or away from (-) words or signals, as the experiments do: `+joy:0.5@0-2`
+adds the embedding of " joy", scaled to half the length of the stream, to the stream entering layers 0, 1
 and 2, at every position. `s17` is signal 17; the layer after the last block is the final norm. A word must be
 one token. One item after another is added to the same layer, each in lengths of the stream as it then is.
 """
@@ -78,7 +78,7 @@ def read_steering(text, model):
         parts = re.fullmatch(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?", item.strip())
         where = f"--steer: {item.strip()!r}"
         if not parts:
-            raise UserError(f"{where} is not like +joy:4@0-2 (sign, word or signal, strength, layers)")
+            raise UserError(f"{where} is not like +joy:0.5@0-2 (sign, word or signal, strength, layers)")
         sign, name, strength, start, stop = parts.groups()
         layers = range(int(start), int(stop or start) + 1)
         if not layers or layers[-1] > last:
