@@ -14,8 +14,6 @@ else meanwhile.
 
 import configurator
 
-if __name__ == "__main__":
-    configurator.help(__file__)
 
 import json
 import os

@@ -9,7 +9,10 @@ experiments), with it the best and the last `keep`. Nothing is ever unpickled.
 import contextlib
 import json
 import os
+import platform
 import shutil
+import subprocess
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from configurator import UserError
 from model import ModelConfig, ReFlow
 
 WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+RELEASES = Path(__file__).resolve().parent / "release"  # trained models in this repository
 
 
 def write_atomically(path, text):
@@ -79,8 +83,10 @@ def save(run, step, model, optimizer, state, keep, best):
         point(run, pointer, name)
 
     kept = {"step_000000", name, pointed(run, "best")}
-    for old in [p for p in steps(run) if p.name not in kept][: -(keep - 1) or None]:
-        shutil.rmtree(old)
+    older = [path for path in steps(run) if path.name not in kept]  # oldest first
+    n_delete = max(0, len(older) - (keep - 1))
+    for path in older[:n_delete]:
+        shutil.rmtree(path)
 
 
 def steps(run):
@@ -127,6 +133,66 @@ def newest_whole(run):
     return None, None, messages
 
 
+def versions():
+    """What a checkpoint was made with: Python, torch, and the commit if git is here."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Training state, to and from flat dicts of plain CPU tensors: the same files for one process, DDP and FSDP
+
+
+def whole(tensor):
+    """A parameter or optimiser tensor as a plain contiguous one on the CPU, gathered if FSDP shards it."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().contiguous()
+
+
+def gather_state(model, optimizer):
+    """({name: weight}, {"name.exp_avg": ...}). Every process must call it."""
+    weights, moments = {}, {}
+    if hasattr(model, "reshard"):
+        model.reshard()  # an evaluation leaves FSDP's root unsharded: parameters that the optimiser does not know
+    for name, parameter in model.named_parameters():
+        weights[name] = whole(parameter)
+        for key, value in optimizer.state[parameter].items():
+            moments[f"{name}.{key}"] = whole(value)
+    return weights, moments
+
+
+def shard_like(tensor, parameter):
+    """`tensor` on the device of `parameter`, sharded as that is."""
+    tensor = tensor.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # half a second to import
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def restore_state(model, optimizer, weights, moments):
+    """Undo `gather_state`, into parameters that may be sharded."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(shard_like(weights[name], parameter))
+            step = moments.get(f"{name}.step")
+            if step is None:  # no moments exist before the first update
+                continue
+            fused = optimizer.defaults["fused"]
+            state = {"step": step.to(parameter.device if fused else "cpu")}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = shard_like(moments[f"{name}.{key}"], parameter)
+            optimizer.state[parameter] = state
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading a run
+
+
 def load_tensors(path, device="cpu"):
     """The tensors of a safetensors file. Raises UserError for anything else, a pickle above all."""
     try:
@@ -139,10 +205,6 @@ def load_tensors(path, device="cpu"):
         ) from None
 
 
-# ----------------------------------------------------------------------------------------------------
-# Reading a run
-
-
 def runs(out="out"):
     """The folders of the runs under `out`, newest first."""
     newest = sorted(Path(out).glob("*/latest"), key=os.path.getmtime, reverse=True)
@@ -152,23 +214,20 @@ def runs(out="out"):
 def find(run=None, out="out"):
     """The checkpoint folder that `run` means. Raises UserError.
 
-    `run` is a run's folder (its best checkpoint, else its latest), a step_... folder, or None: the newest run
-    under `out`.
+    `run` is a run's folder (its best checkpoint, else its latest), a step_... folder, a release, or None: the
+    newest run under `out`.
     """
-    make_one = "make one with: python train.py"
     if run is None:
         run = next(iter(runs(out)), None)
         if run is None:
-            raise UserError(f"no trained model under {out}/: {make_one}")
+            raise UserError(f"no trained model under {out}/: {remedy()}")
     run = Path(run)
     if run.is_file():
         raise UserError(
             f"{run} is a file: --run takes a folder such as out/reflow-nano; pickles are never loaded"
         )
     if not run.is_dir():
-        beside = [p.name for p in run.parent.iterdir() if p.is_dir()] if run.parent.is_dir() else []
-        near = get_close_matches(run.name, beside, n=1)
-        raise UserError(f"no run {run}: {f'did you mean {run.parent / near[0]}?' if near else make_one}")
+        raise UserError(f"no run {run}: {remedy(run, out)}")
     if (run / "state.json").exists():
         return run
     for name in (pointed(run, "best"), pointed(run, "latest")):
@@ -176,8 +235,79 @@ def find(run=None, out="out"):
             return run / name
     newest, _, _ = newest_whole(run)  # a kill may have come before the pointers
     if newest is None:
-        raise UserError(f"{run} holds no checkpoint: {make_one}")
+        raise UserError(f"{run} holds no checkpoint: {remedy()}")
     return newest
+
+
+def remedy(run=None, out="out"):
+    """What to do about a missing run: the nearest name, else how to train one, or a release."""
+    releases = [path.parent for path in sorted(RELEASES.glob("*/state.json"))]
+    if run is not None:
+        beside = [path for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
+        places = {path.name: path for path in [*releases, *runs(out), *beside]}
+        if near := get_close_matches(run.name, places, n=1):
+            return f"did you mean {shortest(places[near[0]])}?"
+    trained = f", or use the trained --run={shortest(releases[0])}" if releases else ""
+    return f"make one with: python train.py{trained}"
+
+
+def shortest(path):
+    """`path` as one would type it in the current folder."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: a step_... folder of a run, or a release, which is a run of one checkpoint."""
+
+    path: Path  # the folder that holds model.safetensors
+    state: dict  # its state.json
+    named: bool = False  # whether a user named this very folder, not its run
+
+    @property
+    def run(self):
+        """The run's folder."""
+        return self.path.parent if self.path.name.startswith("step_") else self.path
+
+    @property
+    def name(self):
+        return self.run.name
+
+    @property
+    def step(self):
+        """Optimiser steps so far."""
+        return self.state["step"]
+
+    @property
+    def results(self):
+        """The folder of its experiments' results. A step_... folder that a user named has its own."""
+        return (self.path if self.named else self.run) / "experiments"
+
+    @property
+    def model_config(self):
+        """A dict, as it was saved."""
+        return self.state["config"]["model"]
+
+    @property
+    def train_config(self):
+        """A dict, as it was saved; empty for a model without one."""
+        return self.state["config"].get("train", {})
+
+    @property
+    def weights(self):
+        """The file of its weights."""
+        return self.path / WEIGHTS[0]
+
+    def load_model(self, device="cpu"):
+        """The ReFlow in eval mode on `device`, fp32. Raises UserError."""
+        return load_model(self.path, device)[0]
+
+
+def open_run(run=None, out="out"):
+    """The Checkpoint that `run` means, see `find`. Raises UserError."""
+    path = find(run, out)
+    return Checkpoint(path, read_state(path), named=run is not None and Path(run).resolve() == path.resolve())
 
 
 def build_model(config, weights, source="the model"):

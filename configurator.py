@@ -4,20 +4,19 @@
 
 A config file holds `name = expression` lines. It is parsed, never executed: a stranger's file is data. Keys
 are flat and each belongs to one dataclass. A later setting wins over an earlier one, the command line over
-every file. Standard library only, so that `--help` answers before torch is imported.
+every file. `--key value` and, for booleans, `--key` alone are understood too. `--help` prints every field with
+the comment that trails it.
 """
 
 import ast
-import io
+import inspect
 import os
 import sys
 import textwrap
-import tokenize
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from decimal import Decimal
 from difflib import get_close_matches
-from itertools import zip_longest
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -39,7 +38,12 @@ def parse(*dataclasses, argv=None, default_config=None):
             assert key(field) not in kinds, f"{field.name} is a field of two dataclasses"
             kinds[key(field)] = hints[field.name]
 
-    files, overrides = read_arguments(sys.argv[1:] if argv is None else argv, kinds)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print_help(sys.modules["__main__"].__doc__, dataclasses)
+        sys.stdout.flush()
+        raise SystemExit(0)
+    files, overrides = read_arguments(argv, kinds)
     overrides = typed(overrides, kinds)  # first: a mistyped argument is news before the contents of a file
     values = {}
     for path in files or filter(None, [default_config]):
@@ -60,19 +64,25 @@ def parse(*dataclasses, argv=None, default_config=None):
 def read_arguments(argv, kinds):
     """Split arguments into config files and (where, key, text) settings."""
     files, settings = [], []
-    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
         key, equals, text = argument.lstrip("-").partition("=")
+        following = arguments[0] if arguments else ""
         if not argument.startswith("-") and (not equals or argument.endswith(".py")):
             files.append(argument)
-        elif not argument.startswith("--"):
+            continue
+        if not argument.startswith("--"):
             raise UserError(f"command line: {argument} is not --key=value: write --{key}={text or '...'}")
-        elif equals:
-            settings.append(("command line", key, text))
-        elif kinds.get(key, bool) is bool and following.lower() not in BOOLS:
-            settings.append(("command line", key, "true"))
-        else:
-            text = "..." if not following or following.startswith("--") else following
-            raise UserError(f"command line: --{key} needs a value: write --{key}={text}")
+        if not equals:
+            is_flag = kinds.get(key, bool) is bool
+            if is_flag and following.lower() not in BOOLS:
+                text = "true"
+            elif not following or following.startswith("--"):
+                raise UserError(f"command line: --{key} needs a value: write --{key}=...")
+            else:
+                text = arguments.pop(0)
+        settings.append(("command line", key, text))
     return files, settings
 
 
@@ -200,65 +210,48 @@ def describe(*instances):
     return "\n".join(lines)
 
 
-def help(*files):
-    """Asked for `--help`, print the first file's docstring and the fields of every file's configs, and exit.
-
-    Reads the sources, imports nothing: help needs no torch. Files are relative to the first one's folder or
-    this one's. A config is a dataclass whose name ends in Config.
-    """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        run(lambda: print_help(*files))
-        raise SystemExit(0)
-
-
-def print_help(*files):
-    folders = [Path(files[0]).resolve().parent, Path(__file__).resolve().parent]
-    paths = [next(path for folder in folders if (path := folder / file).exists()) for file in files]
-    sources = [path.read_text(encoding="utf-8") for path in paths]
-    print(ast.get_docstring(ast.parse(sources[0])) or "")
-    for name, rows in (table for source in sources for table in tables(source)):
-        print(f"\n{name}")
+def print_help(doc, dataclasses):
+    """Print a script's question, two examples and its options; the rest of its docstring comes last."""
+    question, examples, rest = read_docstring(doc or "")
+    print(question)
+    if examples:
+        print("\n" + "\n".join(examples[:2]))
+    for cls in dataclasses:
+        rows = options(cls)
+        print(f"\n{cls.__name__}")
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
         for *cells, comment in rows:
             left = "  " + "".join(f"{cell:{width}}  " for cell, width in zip(cells, widths, strict=True))
-            indent = " " * len(left)
-            print(textwrap.fill(left + comment, max(110, len(left) + 40), subsequent_indent=indent).rstrip())
+            width = max(110, len(left) + 40)
+            print(textwrap.fill(left + comment, width, subsequent_indent=" " * len(left)).rstrip())
+    if examples[2:]:
+        print("\nMore examples\n" + "\n".join(examples[2:]))
+    if rest:
+        print("\n" + rest)
 
 
-def tables(source):
-    """Yield (class name, [(--field, type, default, comment), ...]) for each config in Python source.
+def read_docstring(doc):
+    """(question, example lines, the rest) of a script's docstring: its first paragraph asks, the first indented
+    paragraph shows commands."""
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    at = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("    ")), None)
+    if at is None:
+        return paragraphs[0], [], "\n\n".join(paragraphs[1:])
+    return paragraphs[0], paragraphs[at].split("\n"), "\n\n".join(paragraphs[1:at] + paragraphs[at + 1 :])
 
-    A field's comment trails it and may go on in the lines below, indented deeper than the field; a field
-    without one takes the comment lines directly above it.
-    """
-    comments, columns = {}, {}  # by line; columns only of the comments that have a line to themselves
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            line, column = token.start
-            comments[line] = token.string.lstrip("# ")
-            if token.line[:column].isspace():
-                columns[line] = column
 
-    for cls in ast.walk(ast.parse(source)):
-        if not isinstance(cls, ast.ClassDef) or not cls.name.endswith("Config"):
+def options(cls):
+    """[(--field, type, default, comment)] of a dataclass, in the spelling of its source: 6e-4, not 0.0006."""
+    source = inspect.cleandoc(inspect.getsource(cls))
+    lines = source.splitlines()
+    rows = []
+    for node in ast.parse(source).body[0].body:
+        if not isinstance(node, ast.AnnAssign):
             continue
-        if not any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list):
-            continue
-        rows = []
-        for field in (node for node in cls.body if isinstance(node, ast.AnnAssign)):
-            first, last = field.lineno, field.end_lineno
-            if any(line in comments for line in range(first, last + 1)):
-                while columns.get(last + 1, 0) > field.col_offset:
-                    last += 1
-            else:
-                while columns.get(first - 1) == field.col_offset:
-                    first -= 1
-            comment = " ".join(comments[line] for line in range(first, last + 1) if line in comments)
-            # The default in the source's own spelling: 6e-4, not 0.0006.
-            initial = ast.get_source_segment(source, field.value) if field.value else "required"
-            rows.append((f"--{field.target.id.rstrip('_')}", ast.unparse(field.annotation), initial, comment))
-        if rows:
-            yield cls.name, rows
+        initial = ast.get_source_segment(source, node.value) if node.value else "required"
+        comment = lines[node.end_lineno - 1][node.end_col_offset :].strip().removeprefix("#").strip()
+        rows.append((f"--{node.target.id.rstrip('_')}", ast.unparse(node.annotation), initial, comment))
+    return rows
 
 
 def run(main):

@@ -15,8 +15,6 @@ sample.py, the experiments and `train.py --init_from` take it.
 
 import configurator
 
-if __name__ == "__main__":
-    configurator.help(__file__)
 
 import contextlib
 import itertools

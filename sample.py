@@ -16,8 +16,6 @@ one token. One item after another is added to the same layer, each in lengths of
 
 import configurator
 
-if __name__ == "__main__":
-    configurator.help(__file__)
 
 import codecs
 import re

@@ -14,33 +14,27 @@ on the seed and the step number alone, so the curve does not depend on the numbe
 rounding), nor on how often the run was evaluated, killed and resumed.
 """
 
-import configurator
-
-if __name__ == "__main__":
-    configurator.help(__file__, "model.py")
-
 import contextlib
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import configurator
 from configurator import UserError
+from data.datasets import find_dataset, mean_loss
 from data.shards import Dataset
 from hardware import dry_run, flops_per_token, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig, ReFlow
@@ -100,6 +94,11 @@ def learning_rate(step, c):
     return c.min_lr + 0.5 * (c.lr - c.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def step_seed(seed, step, rank):
+    """The seed of a process's random numbers in one step, the same on every machine and Python."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 def make_optimizer(model, c, device):
     """AdamW (Loshchilov & Hutter, 2019), fused where that exists, with weight decay on matrices only."""
     parameters = list(model.parameters())
@@ -108,75 +107,6 @@ def make_optimizer(model, c, device):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
-
-
-def evaluate(model, dataset, n_sequences, batch_size, device, autocast, rank, world):
-    """Mean validation loss, nats per token, of the first `n_sequences` windows, shared by all processes."""
-    model.eval()
-    n = min(n_sequences, dataset.n_windows)
-    total = torch.zeros(2, dtype=torch.float64)  # loss, windows
-    with torch.no_grad(), autocast:
-        for start in range(rank * batch_size, n + rank * batch_size, world * batch_size):
-            x, y = dataset.windows(start, min(start + batch_size, n))
-            weight = len(x)
-            if not weight:  # FSDP needs every process in every forward pass
-                x, y = dataset.windows(0, 1)
-            loss = model(x.to(device), y.to(device))[1].item()
-            total += torch.tensor([loss * weight, weight])
-    if world > 1:
-        total = total.to(device)
-        dist.all_reduce(total)
-    model.train()
-    return (total[0] / total[1]).item()
-
-
-# ----------------------------------------------------------------------------------------------------
-# State, to and from flat dicts of plain CPU tensors: the same files for one process, DDP and FSDP
-
-
-def whole(tensor):
-    """A parameter or optimiser tensor as a plain contiguous one on the CPU, gathered if it is sharded."""
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu().contiguous()
-
-
-def gather_state(model, optimizer):
-    """({name: weight}, {"name.exp_avg": ...}). Every process must call it."""
-    weights, moments = {}, {}
-    if isinstance(model, FSDPModule):
-        model.reshard()  # an evaluation leaves the root's parameters whole, which the optimiser does not know
-    for name, p in model.named_parameters():
-        weights[name] = whole(p)
-        for key, value in optimizer.state[p].items():
-            moments[f"{name}.{key}"] = whole(value)
-    return weights, moments
-
-
-def restore_state(model, optimizer, weights, moments):
-    """Undo `gather_state`, into parameters that may be sharded."""
-
-    def like(parameter, tensor):
-        if isinstance(parameter, DTensor):
-            return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-        return tensor.to(parameter.device)
-
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(like(p, weights[name]))
-            state = {key: moments.get(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            if state["step"] is not None:  # none of it exists before the first update
-                step = state.pop("step").to(p.device if optimizer.defaults["fused"] else "cpu")
-                optimizer.state[p] = {key: like(p, value) for key, value in state.items()} | {"step": step}
-
-
-def versions():
-    commit, command = None, ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-# ----------------------------------------------------------------------------------------------------
 
 
 class Metrics:
@@ -221,7 +151,7 @@ def compile_blocks(model, x, y, autocast):
         plain = model.encode(x)  # not the loss: at the start that is log V, whatever the blocks do
     try:
         for block in model.blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)
         with autocast, torch.no_grad():
             after = model.encode(x)
         model.train()
@@ -232,7 +162,7 @@ def compile_blocks(model, x, y, autocast):
             raise RuntimeError(f"a trial step differs by {difference:.1%}")
     except Exception as error:  # whatever a compiler can throw: the run does not depend on it
         for block in model.blocks:
-            block._compiled_call_impl = None
+            block.__dict__.pop("forward", None)  # the class's own again
         print(f"--compile is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     model.train().zero_grad(set_to_none=True)
 
@@ -252,28 +182,6 @@ def check_same_run(before, m, c, data_sha256, dtype):
     for key, value in now.items():
         if key in CURVE and value != then.get(key):
             print(f"resuming with another {key}: {then.get(key)} -> {value}")
-
-
-def find_dataset(name):
-    """The folder of a data set; the embedded corpus is prepared when it is missing."""
-    folder = Path(__file__).parent / "data" / name if "/" not in name else Path(name)
-    if name == "sotu" and not (folder / "meta.json").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        from data.sotu.prepare import prepare
-
-        prepare()
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
-
-
-def find_data(state):
-    """The validation split of the data that a checkpoint's run was trained on; None if that is not here."""
-    with contextlib.suppress(UserError):
-        name = state["config"].get("train", {}).get("dataset", "sotu")
-        data = Dataset(find_dataset(name), "val", 1)
-        if data.data_sha256 == state.get("data_sha256"):
-            return data
-    return None
 
 
 def read_origin(m, c):
@@ -341,7 +249,10 @@ def main():
     raw.activation_checkpointing = c.activation_checkpointing
     if c.compile:
         compile_blocks(raw, *(t.to(device) for t in train_set.windows(0, c.micro_batch_size)), autocast)
-    if world > 1 and c.parallel == "fsdp":
+    sharded = world > 1 and c.parallel == "fsdp"
+    if sharded:
+        from torch.distributed.fsdp import fully_shard  # takes most of a second to import
+
         for block in raw.blocks:
             fully_shard(block)
         fully_shard(raw)
@@ -364,7 +275,9 @@ def main():
         step, skipped = before["step"], before["skipped"]
         val_loss, best = before["val_loss"], before["best_val_loss"]
         whole_val_loss = before["whole_val_loss"] if step >= c.max_steps else None  # else it is out of date
-        restore_state(raw, optimizer, *(checkpoint.load_tensors(newest / f) for f in checkpoint.WEIGHTS))
+        checkpoint.restore_state(
+            raw, optimizer, *(checkpoint.load_tensors(newest / f) for f in checkpoint.WEIGHTS)
+        )
         if scaler.is_enabled() and before["scaler"]:
             scaler.load_state_dict(before["scaler"])
         if first and val_loss == best and step % c.save_interval == 0:  # a kill came before the pointer
@@ -381,7 +294,7 @@ def main():
         metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step)
 
     def save(is_best):
-        weights, moments = gather_state(raw, optimizer)  # on every process
+        weights, moments = checkpoint.gather_state(raw, optimizer)  # on every process
         if first:
             state = {
                 "val_loss": val_loss,
@@ -393,14 +306,14 @@ def main():
                 "dtype": precision,
                 "scaler": scaler.state_dict(),
                 "skipped": skipped,
-                "versions": versions(),
+                "versions": checkpoint.versions(),
             }
             checkpoint.save(run, step, weights, moments, state, c.keep, is_best)
         if world > 1:
             dist.barrier()
 
     def validate(n_sequences, key="val_loss"):
-        loss = evaluate(raw, val_set, n_sequences, c.micro_batch_size, device, autocast, rank, world)
+        loss = mean_loss(raw, val_set, n_sequences, c.micro_batch_size, device, autocast, rank, world)
         if first:
             metrics.write(step=step, **{key: loss})
         return loss
@@ -429,13 +342,13 @@ def main():
     clock = time.perf_counter()
 
     while step < c.max_steps:
-        torch.manual_seed(hash((c.seed, step, rank)))  # dropout is a function of the step: nothing to save
+        torch.manual_seed(step_seed(c.seed, step, rank))  # dropout is a function of the step: nothing to save
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
         loss = torch.zeros((), device=device)
         for i, (x, y) in enumerate(zip(*batch, strict=True)):
             last = i == accumulate - 1
-            if isinstance(model, FSDPModule):
+            if sharded:
                 model.set_requires_gradient_sync(last)
             wait = isinstance(model, DistributedDataParallel) and not last
             with model.no_sync() if wait else contextlib.nullcontext():
@@ -447,7 +360,7 @@ def main():
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if sharded else norm
         summary = torch.stack((loss / world, loss.new_tensor(float(bool(asked)))))
         if world > 1:
             dist.all_reduce(summary)
@@ -483,7 +396,8 @@ def main():
             if step == c.max_steps:
                 whole_val_loss = validate(val_set.n_windows, "whole_val_loss")
             if step == c.max_steps or step % c.save_interval == 0:
-                is_best, best = val_loss < best, min(best, val_loss)  # in this order: a NaN is no best
+                is_best = val_loss < best  # False for NaN
+                best = val_loss if is_best else best
                 save(is_best)
             clock += time.perf_counter() - paused
         if stop and step < c.max_steps:

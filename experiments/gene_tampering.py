@@ -34,8 +34,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 
-if __name__ == "__main__":
-    configurator.help(__file__, "lab.py")
 
 import numpy as np
 import torch

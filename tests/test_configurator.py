@@ -250,8 +250,6 @@ SCRIPT = '''"""Train a little.
 """
 import configurator
 
-if __name__ == "__main__":
-    configurator.help(__file__, "heavy.py")
 
 from dataclasses import dataclass
 

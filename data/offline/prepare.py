@@ -353,7 +353,6 @@ def print_table(meta):
 
 
 def main():
-    configurator.help(__file__)
     (cfg,) = configurator.parse(PrepareConfig)
     prepare(cfg)
 

@@ -211,7 +211,6 @@ def prepare(cfg):
 
 
 def main():
-    configurator.help(__file__)
     (cfg,) = configurator.parse(PrepareConfig)
     prepare(cfg)
 

