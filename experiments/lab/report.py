@@ -160,6 +160,7 @@ def code_sha256(experiment):
     files = [
         script(experiment),
         *(EXPERIMENTS / "lab").glob("*.py"),
+        *script(experiment).parent.glob("runs.py"),  # what the studies share
         *(EXPERIMENTS / "probes").glob("*.json"),
     ]
     files += [ROOT / name for name in ("dictionary.py", "hooks.py", "model.py")]
@@ -216,6 +217,15 @@ def result_html(result, pictures):
     return f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>{''.join(images)}"
 
 
+def save_and_print(report):
+    """Save a report; print it and where it is."""
+    result = report.save()
+    print(table(result))
+    print(f"\n{report.folder}/  ({result.seconds:.1f} s)")
+    if report.options:
+        print("With options of your own this is a look: the run's record in its other folder is unchanged.")
+
+
 def run_experiment(run, *configs):
     """A script's last line: parse the command line, run on the run asked for, save and print the report."""
 
@@ -223,12 +233,6 @@ def run_experiment(run, *configs):
         config, *own = configurator.parse(LabConfig, *configs)
         report = run(Lab(config), *own)
         report.options = configurator.differences(*own)
-        result = report.save()
-        print(table(result))
-        print(f"\n{report.folder}/  ({result.seconds:.1f} s)")
-        if report.options:
-            print(
-                "With options of your own this is a look: the run's record in its other folder is unchanged."
-            )
+        save_and_print(report)
 
     configurator.run(main)
