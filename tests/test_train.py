@@ -29,7 +29,7 @@ import configurator
 import train
 from configurator import UserError
 from data.shards import Writer
-from model import Block, ModelConfig, ReFlow
+from model import ModelConfig, ReFlow
 
 ROOT = Path(train.__file__).resolve().parent
 SETTINGS = {
@@ -523,7 +523,7 @@ def test_max_bad_steps_counts_only_those_in_a_row(tiny, tmp_path, monkeypatch):
 def test_a_nan_evaluation_does_not_end_the_search_for_the_best(tiny, tmp_path, monkeypatch):
     """A validation loss that is not finite is never the best, and the next finite one may be."""
     losses = iter([5.0, math.nan, 4.0, 4.5, 4.5])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    monkeypatch.setattr(train, "mean_loss", lambda *args: next(losses))
     run = go(tiny, tmp_path / "run")
     assert (
         checkpoint.find(run).name == "step_000008" and checkpoint.newest_whole(run)[1]["best_val_loss"] == 4.0
@@ -621,11 +621,11 @@ def test_compile_falls_back(tiny, tmp_path, capsys, monkeypatch, message):
     def fail(*args, **kwargs):
         raise RuntimeError(message)
 
-    def compile(self):
-        self._compiled_call_impl = fail
+    def compile(function):
+        return fail
 
     for broken in (fail, compile):  # at once, or in the trial step
-        monkeypatch.setattr(Block, "compile", broken)
+        monkeypatch.setattr(torch, "compile", broken)
         run = go(tiny, tmp_path / broken.__name__, "--dropout=0.1", "--max_steps=4", "--compile")
         reason = message.partition("\n")[0] or "RuntimeError"
         assert capsys.readouterr().out.splitlines().count(f"--compile is off: {reason}") == 1
@@ -635,9 +635,7 @@ def test_compile_falls_back(tiny, tmp_path, capsys, monkeypatch, message):
 def test_a_compiled_step_that_disagrees_is_not_used(tiny, tmp_path, capsys, monkeypatch):
     """The trial step computes another loss: off, and the weights are untouched by it."""
     plain = go(tiny, tmp_path / "plain", "--max_steps=4")
-    monkeypatch.setattr(
-        Block, "compile", lambda self: setattr(self, "_compiled_call_impl", lambda x, *_: x * math.nan)
-    )
+    monkeypatch.setattr(torch, "compile", lambda forward: lambda x, *_: x * math.nan)
     assert_same(go(tiny, tmp_path / "run", "--max_steps=4", "--compile"), plain)
     assert "--compile is off: a trial step differs" in capsys.readouterr().out
 
