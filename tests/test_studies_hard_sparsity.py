@@ -43,8 +43,10 @@ def save_study(folder):
         save_trained(folder / "runs" / f"topk{seed}", topk, data, seed, 5.5 + 0.01 * seed)
 
 
-def test_from_files_to_a_result(tmp_path):
+def test_from_files_to_a_result(tmp_path, monkeypatch):
     """Losses are compared by seed; every claim about meaning fails on untrained models."""
+    monkeypatch.setattr(hard_sparsity, "N_WINDOWS", 20)
+    monkeypatch.setattr(hard_sparsity, "WINDOW", 8)
     save_study(tmp_path)
     hard_sparsity.run(open_study(f"{tmp_path}/runs/*", tmp_path / "results")).save()
     result = read_result(tmp_path / "results" / "experiments" / "hard_sparsity" / "result.json")

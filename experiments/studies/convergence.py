@@ -109,7 +109,7 @@ def run(study: Study) -> Report:
             "equal_parameters": vars(t_interval(equal[kind, size][0])),
         }
     report.notes.append(
-        f"The claims are about {largest} (layers x width) and about the change since {smallest}."
+        f"The largest size (layers x width) of both kinds is {largest}, the smallest {smallest}."
     )
     report.gallery = gallery(table, depth, equal)
 
@@ -123,39 +123,24 @@ def run(study: Study) -> Report:
 
 def gallery(table, depth, equal):
     """One line for each kind and size: losses over seeds, and the gaps over the dense model."""
-    form = "{:9} {:7} {:>11} {:30} {:24} {}"
-    titles = (
-        "kind",
-        "size",
-        "parameters",
-        "loss, mean (range over seeds)",
-        "equal depth",
-        "equal parameters",
-    )
-    lines = [form.format(*titles)]
+    form = "{:9} {:7} {:>11} {:30} {:30} {}"
+    lines = [
+        form.format("kind", "size", "parameters", "loss, mean (range)", "equal depth", "equal parameters")
+    ]
     for size in sizes(table):
         for kind in sorted(KINDS):
-            if (kind, size) not in table:
+            runs = list(table.get((kind, size), {}).values())
+            if not runs:
                 continue
-            runs = list(table[kind, size].values())
             losses = [run.loss for run in runs]
             loss = f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}), n = {len(losses)}"
             gaps = ["", ""]
             if kind != "dense":
                 same, extrapolated = equal[kind, size]
-                gaps = [percent(list(depth[kind, size].values())), percent(same)]
+                gaps = [f"{t_interval(list(depth[kind, size].values()))}", f"{t_interval(same)}"]
                 gaps[1] += " extrapolated" if extrapolated else ""
             lines.append(form.format(kind, size, f"{runs[0].n_parameters:,}", loss, *gaps).rstrip())
     return "\n".join(lines)
-
-
-def percent(values):
-    """The mean of values (n,) in percent, from three on with its interval."""
-    if not len(values):
-        return ""
-    found = t_interval(values)
-    interval = f" [{found.low:+.2%}, {found.high:+.2%}]" if len(values) > 2 else ""
-    return f"{found.value:+.2%}{interval}"
 
 
 def draw_curves(axes, table):

@@ -166,7 +166,7 @@ def run(study: Study) -> Report:
         f"precision@5 {categories['top-k'].mean():.3f} against {categories.native.mean():.3f} "
         f"({len(seeds)} seeds, one dot each)"
     )
-    with report.figure("hard_sparsity", title, 1, 4, size=(10, 3)) as axes:
+    with report.figure("hard_sparsity", title, 1, 4, size=(10, 3), width_ratios=(2, 2, 2, 3)) as axes:
         draw_dots(axes[0], loss, "validation loss, nats per token")
         draw_dots(axes[1], report.numbers["precision@5"], "precision@5")
         draw_dots(axes[2], report.numbers["mrr"], "analogies, mean reciprocal rank")

@@ -171,17 +171,18 @@ def run(study: Study) -> Report:
     freed["step 0"] = ours.matched(ours.freed(start))
     freed["shuffled"] = ours.matched(ours.freed(ours.native), ours.freed(shuffled))
     raw["shuffled"] = ours.matched(ours.native, shuffled)
-    report.numbers["matched"] = freed.means()
+    report.numbers["matched"] = {name: values.mean() for name, values in freed.items()}
     report.scores("matched_with_frequency", raw)
 
-    flat = freed.map(np.ravel)  # (pairs * S,)
     n_signals = freed.native.shape[1]
     signal = np.concatenate([i * n_signals + np.arange(n_signals) for i, _ in ours.pairs])
-    report.effect("partners", flat, "signals", against=("step 0", "shuffled"), groups=signal)
+    partners = Scores({name: freed[name].ravel() for name in ("native", "step 0", "shuffled")})
+    report.effect("partners", partners, "signals", groups=signal)
     rng = lab.rng("pairs")
-    for name in rivals:  # native signals and those of a rival are not paired
-        flat[name] = np.concatenate([rng.permutation(values) for values in freed[name]])
-    report.signals("native_match", flat, "signals", against=tuple(rivals), groups=signal)
+    native_match = Scores({"native": freed.native.ravel()}, freed.map(np.ravel).gauges)
+    for name, by_pair in rivals.items():  # native signals and those of a rival are not paired
+        native_match[name] = np.concatenate([rng.permutation(values) for values in by_pair])
+    report.signals("native_match", native_match, "signals", groups=signal)
 
     report.numbers |= {"size": size, "seeds": len(ours.labs), "tokens": len(ours.known), "words": len(rows)}
     report.numbers["cka"] = cka_of_E(ours, shuffled)
@@ -219,17 +220,14 @@ def cka_of_E(seeds, shuffled):
 
 
 def gallery(shapes):
-    """A table of the kinds and shapes, native beside its own rotations."""
-    titles = ("kind", "size", "seeds", "beyond frequency: native, rotated", "with frequency: native, rotated")
-    lines = ["{:9} {:7} {:5}  {:37}  {}".format(*titles)]
+    """A table of the kinds and shapes: native |correlation| beside that of its rotations."""
+    lines = ["kind, size       beyond frequency: native, rotations   frequency left in: native, rotations"]
     for name, found in shapes.items():
         cells = []
         for part in (found["freed"], found["raw"]):
-            rotated = part["rotated"]
-            spread = f"({min(rotated):.3f} to {max(rotated):.3f})"
-            cells.append(f"{part['native']:.3f}  {np.mean(rotated):.3f} {spread}")
-        kind, size = name.split()
-        lines.append(f"{kind:9} {size:7} {found['seeds']:5}  {cells[0]:37}  {cells[1]}")
+            low, high = min(part["rotated"]), max(part["rotated"])
+            cells.append(f"{part['native']:.3f}, {low:.3f} to {high:.3f}")
+        lines.append(f"{name:16} {cells[0]:37} {cells[1]}")
     return "\n".join(lines)
 
 
@@ -250,7 +248,8 @@ def draw_shapes(ax, shapes):
         ax.scatter(i, found["freed"]["native"], color=COLOURS["native"], marker="D", zorder=3)
     names = [name.replace("factored", "fact.").replace(" ", "\n") for name in shapes]
     ax.set_xticks(range(len(shapes)), names, fontsize=7)
-    ax.set(ylabel="mean |correlation|", title="native (diamond) against rotations (band)", ylim=(0, None))
+    ax.set(ylabel="mean |correlation|", title="native (diamond) against rotations (band)")
+    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
 
 
 if __name__ == "__main__":
