@@ -45,12 +45,15 @@ STYLE = {
 
 
 @contextmanager
-def figure(rows=1, columns=1, size=(9, 3.6), **grid):
-    """Yield (figure, axes) in the style of all figures; what is drawn must be drawn inside the context."""
+def figure(rows=1, columns=1, size=(9, 3.6), style=None, **grid):
+    """Yield (figure, axes) in the style of all figures; what is drawn must be drawn inside the context.
+
+    `style`: rcParams that replace those of STYLE.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | (style or {})):
         fig = Figure(figsize=size, layout="constrained")
         yield fig, fig.subplots(rows, columns, **grid)
 
@@ -65,6 +68,16 @@ def to_png(fig):
     """A figure as the bytes of a PNG file."""
     picture = io.BytesIO()
     fig.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def to_svg(fig, source):
+    """A figure as the text of an SVG file that names its source. The same figure gives the same text."""
+    import matplotlib
+
+    picture = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "reflow"}):  # otherwise ids are random
+        fig.savefig(picture, format="svg", metadata={"Date": None, "Source": source})
     return picture.getvalue()
 
 
