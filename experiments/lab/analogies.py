@@ -18,8 +18,9 @@ def cos_mul(a, b, c):
     return b * c / (a + 1e-3)
 
 
-# The score of a candidate from its cosines with the words a, b and c. Many published successes need no difference at
-# all (Linzen, 1606.07736): "only c" is his Only-b, the nearest neighbours of the word asked about, "b + c" his Ignore-a.
+# The score of a candidate from its cosines with the words a, b and c. Many published successes need no
+# difference at all (Linzen, 1606.07736): "only c", the neighbours of the word asked about, is his Only-b;
+# "b + c" is his Ignore-a.
 METHODS = {
     "3CosAdd": lambda a, b, c: b - a + c,
     "3CosMul": cos_mul,
@@ -68,8 +69,8 @@ def build(relations, known, rng, total):
 def ranks(codes, questions, methods=tuple(METHODS), honest=False, batch=200):
     """{method: rank of the answer (Q,)}, 1 is best, of codes (n, dims), already centred.
 
-    questions (Q, 4): rows of `codes` for a, b, c and the answer. Ties share their mean rank. a, b and c are no
-    candidates, unless `honest`: b or c itself often wins then.
+    questions (Q, 4): rows of `codes` for a, b, c and the answer. Ties share their mean rank. The words a, b
+    and c are no candidates, unless `honest`: then b or c itself often wins.
     """
     rows = F.normalize(codes, dim=1)
     found = {name: [] for name in methods}

@@ -1,9 +1,10 @@
 """
 The spaces in which words are compared, and how well the neighbours of a word know its category.
 
-A space is a matrix of codes (n, dims), one row a word. Orthogonal rotations of the signals change no cosine, so the
-random gauges here are non-orthogonal (dictionary.skewed): they leave E and every logit as they are, but change
-cosines (Steck et al., 2403.05440). PCA and ICA are whitened; the two differ by little but a rotation then.
+A space is a matrix of codes (n, dims), one row for each word. Orthogonal rotations of the signals change no
+cosine, so the random gauges here are non-orthogonal (dictionary.skewed): they leave E and every logit as they
+are, but change cosines (Steck et al., 2403.05440). PCA and ICA are whitened. Whitened, they differ by little but
+a rotation, so their cosines nearly agree.
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ UNTRAINED = ("step 0", "shuffled")  # spaces without structure: the controls of 
 
 
 def spaces(lab, tokens):
-    """{name: codes (n, dims)} of `tokens` (n,): recipes, E, the plain GPT's E, recipes untrained and shuffled."""
+    """{name: codes (n, dims)} of `tokens` (n,): recipes, E, the plain GPT, recipes untrained and shuffled."""
     codes = {"native": lab.model.dictionary.codes, "E": lab.model.E}
     if lab.baseline:
         codes["baseline"] = lab.baseline.E
@@ -28,9 +29,9 @@ def spaces(lab, tokens):
 
 
 def compare_spaces(lab, measure, tokens):
-    """{metric: Scores} of measure(codes (n, dims)) -> {metric: values}, codes of `tokens` (n,) in every space.
+    """{metric: Scores} of measure(codes (n, dims)) -> {metric: values} for the codes of `tokens` (n,).
 
-    These are `spaces`, PCA and ICA of E, whitened, and 19 skewed gauges of the recipes.
+    The spaces are those of `spaces`, PCA and ICA of E, whitened, and 19 skewed gauges of the recipes.
     """
 
     def measure_dictionary(d):
@@ -46,7 +47,7 @@ def compare_spaces(lab, measure, tokens):
 
 
 def split(scores):
-    """(Scores of the controls of an effect, Scores of the gauges and rival spaces), both with the native values."""
+    """Scores in two parts, both with the native values: (untrained and shuffled; gauges and rival spaces)."""
     untrained = Scores({name: scores[name] for name in ("native", *UNTRAINED)})
     rivals = {name: values for name, values in scores.items() if name not in UNTRAINED}
     return untrained, Scores(rivals, scores.gauges, scores.gauge)
@@ -55,8 +56,8 @@ def split(scores):
 def cosines(codes, mean=0.0):
     """Cosines (n, n) of the rows of codes (n, dims) less `mean`.
 
-    Less their mean over frequent words, codes are freed of a few directions that all words share and that dominate
-    cosines otherwise (Timkey & van Schijndel, 2109.04404).
+    Subtract the mean over frequent words: otherwise a few directions that all words share dominate the cosines
+    (Timkey & van Schijndel, 2109.04404).
     """
     rows = torch.nn.functional.normalize(codes - mean, dim=1)
     return rows @ rows.T
