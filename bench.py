@@ -12,9 +12,6 @@ memory is read. Where `transformers` is installed, its Llama of the same shape r
 else meanwhile.
 """
 
-import configurator
-
-
 import json
 import os
 import resource
@@ -27,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Literal
+
+import configurator
 
 ROOT = Path(__file__).resolve().parent
 

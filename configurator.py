@@ -4,8 +4,8 @@
 
 A config file holds `name = expression` lines. It is parsed, never executed: a stranger's file is data. Keys
 are flat and each belongs to one dataclass. A later setting wins over an earlier one, the command line over
-every file. `--key value` and, for booleans, `--key` alone are understood too. `--help` prints every field with
-the comment that trails it.
+every file. `--key value` and, for booleans, `--key` alone are understood too. `--help` prints every field
+with the comment that trails it.
 """
 
 import ast
@@ -231,8 +231,10 @@ def print_help(doc, dataclasses):
 
 
 def read_docstring(doc):
-    """(question, example lines, the rest) of a script's docstring: its first paragraph asks, the first indented
-    paragraph shows commands."""
+    """(question, example lines, the rest) of a script's docstring.
+
+    Its first paragraph asks, its first indented paragraph shows commands.
+    """
     paragraphs = inspect.cleandoc(doc).split("\n\n")
     at = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("    ")), None)
     if at is None:

@@ -13,9 +13,6 @@ and basis travel beside it in reflow.safetensors. What --from and --factor write
 sample.py, the experiments and `train.py --init_from` take it.
 """
 
-import configurator
-
-
 import contextlib
 import itertools
 import json
@@ -33,12 +30,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
+import configurator
+import dictionary
 from configurator import UserError
+from data.datasets import COUNTS, dataset_of, find_dataset, mean_loss, token_counts
 from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT, N_TOKENS, encoding
-from experiments import lab
 from model import ModelConfig
-from train import evaluate, find_data, find_dataset, versions
 
 
 @dataclass
@@ -231,7 +229,7 @@ and with the final, normalised residual stream h, `(h @ basis.T) @ recipes.T` ar
 
 
 def model_card(model, state, source, folder, dtype, card=CARD):
-    c, train, data = model.config, state["config"].get("train", {}), find_data(state)
+    c, train, data = model.config, state["config"].get("train", {}), dataset_of(state)
     kinds = {
         "factored": "its vocabulary a product of recipes and {} signals",
         "dense": "its vocabulary dense",
@@ -323,15 +321,15 @@ def release(step, to, dtype="fp32"):
     kept = ("step", "config", "data_sha256", "dtype", *losses)
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
-        if (step / lab.COUNTS).exists():
-            shutil.copyfile(step / lab.COUNTS, folder / lab.COUNTS)
-        elif data := find_data(state):
-            counts = torch.from_numpy(lab.token_counts(state, data.folder).astype("int32"))
-            save_file({"counts": counts}, folder / lab.COUNTS)
+        if (step / COUNTS).exists():
+            shutil.copyfile(step / COUNTS, folder / COUNTS)
+        elif data := dataset_of(state):
+            counts = torch.from_numpy(token_counts(state, data.folder).astype("int32"))
+            save_file({"counts": counts}, folder / COUNTS)
         else:
             print("the data it was trained on is not here: no word counts in this release")
         sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
-        more = {"versions": versions(), "sizes": sizes, "release": dtype}
+        more = {"versions": checkpoint.versions(), "sizes": sizes, "release": dtype}
         write_json(folder / "state.json", {key: state.get(key) for key in kept} | more)
         (folder / "README.md").write_text(
             model_card(model, state, step, to, dtype, RELEASE), encoding="utf-8"
@@ -667,8 +665,8 @@ def bring(source, to, dataset, sequences):
 
     def loss(config, weights, longest=256):
         text = Dataset(folder, "val", min(config.block_size, longest))
-        how = torch.device("cpu"), contextlib.nullcontext(), 0, 1  # no autocast; one process
-        return evaluate(checkpoint.build_model(config, weights, source), text, sequences, sequences, *how)
+        model = checkpoint.build_model(config, weights, source)
+        return mean_loss(model, text, sequences, sequences, torch.device("cpu"))
 
     if not source.exists():
         raise UserError(f"--from={source}: no such file or folder")
@@ -691,7 +689,7 @@ def bring(source, to, dataset, sequences):
         "data_sha256": text.data_sha256,
         "scaler": {},
         "skipped": 0,
-        "versions": versions(),
+        "versions": checkpoint.versions(),
     }
     save_run(to, 0, checkpoint.build_model(config, weights, source), state)
 
@@ -705,20 +703,20 @@ def factor(model, kind, seed=0):
     """A factored ReFlow of the same function as a dense one: recipes E Q, basis Q^-1 (both d wide).
 
     Q: the identity, a random rotation, the principal axes of E or its independent components; the last two
-    fitted to real tokens (experiments/lab.py). Raises UserError.
+    fitted to real tokens (dictionary.py). Raises UserError.
     """
     c = model.config
     if c.vocab != "dense":
         raise UserError(f"--factor={kind} takes a dense model, this one is {c.vocab} already")
     E = model.vocab.matrix().detach()  # (V, d)
     fit = torch.arange(c.n_tokens)  # ICA takes the first thousands: ids come in order of frequency
-    d = lab.Dictionary("identity", E, torch.eye(c.n_embd))
+    d = dictionary.Dictionary("identity", E, torch.eye(c.n_embd))
     if kind == "rotation":
-        d = lab.rotated(d, torch.Generator().manual_seed(seed))
+        d = dictionary.rotated(d, torch.Generator().manual_seed(seed))
     elif kind == "pca":
-        d = lab.pca(E, fit)
+        d = dictionary.pca(E, fit)
     elif kind == "ica":
-        d = lab.ica(E, fit, seed)
+        d = dictionary.ica(E, fit, seed)
     if len(d.atoms) < c.n_embd:
         raise UserError(f"--factor={kind}: the embedding does not fill its {c.n_embd} dimensions: no basis")
     weights = {name: weight for name, weight in model.state_dict().items() if name != "vocab.weight"}

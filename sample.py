@@ -14,9 +14,6 @@ and 2, at every position. `s17` is signal 17; the layer after the last block is 
 one token. One item after another is added to the same layer, each in lengths of the stream as it then is.
 """
 
-import configurator
-
-
 import codecs
 import re
 import sys
@@ -29,6 +26,7 @@ from typing import Literal
 import torch
 
 import checkpoint
+import configurator
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, encoding
 from hardware import pick_device, pick_dtype

@@ -15,15 +15,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import os
 from dataclasses import dataclass
 
 import torch
 
 import checkpoint
+import configurator
 from configurator import UserError
 from data.tokenizer import encoding
 

@@ -14,9 +14,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import json
 import math
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import configurator
 from data.tokenizer import END_OF_TEXT, encode
 
 PAIRS = Path(__file__).parent / "lm_eval/minimal_pairs.jsonl"

@@ -14,15 +14,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import checkpoint
+import configurator
 from configurator import UserError
 from data.tokenizer import encode
 from export import read_llama

@@ -33,8 +33,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
 
 from dataclasses import asdict, dataclass
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import ast
 import base64
 import json
 from html import escape
 
 import checkpoint
+import configurator
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab import newest_with_signals, results_folder

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import importlib
 import json
 import time
@@ -24,6 +21,7 @@ from difflib import get_close_matches
 
 from tqdm import tqdm
 
+import configurator
 from experiments import lab
 
 NAMES = (

@@ -29,8 +29,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
 
 import numpy as np
 from scipy.special import erfc

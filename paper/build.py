@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import csv
 import hashlib
 import io
@@ -24,6 +21,7 @@ import time
 import numpy as np
 
 import bench
+import configurator
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments.convergence import COLOURS as KINDS

@@ -14,23 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import configurator
-
-
 import ast
 import json
 import shutil
 from statistics import median
 
 import checkpoint
+import configurator
 from checkpoint import write_atomically
 from configurator import UserError
+from data.datasets import dataset_of
 from experiments import lab, study
 from experiments.convergence import curve
 from experiments.run_all import NAMES
 from hardware import count_parameters
 from model import ModelConfig
-from train import find_data
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,7 +43,7 @@ class CollectConfig:
 
 def corpus(state):
     """Source and tokens of the data that a run was trained on. UserError if that is not there."""
-    data = find_data(state)
+    data = dataset_of(state)
     if data is None:
         name = state["config"]["train"]["dataset"]
         raise UserError(f"the dataset {name} that the run was trained on is not here: prepare it again")

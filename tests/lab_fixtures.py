@@ -9,17 +9,15 @@ import torch
 import checkpoint
 from data.shards import Writer
 from data.tokenizer import END_OF_TEXT, encode, encoding
-from experiments.lab import Lab, LabConfig
-from experiments.lab.probes import probe
+from experiments import lab
 from model import ModelConfig, ReFlow
 
 
 def words(n=None):
     """The first n words of the probe lists (None: all), every one a single token."""
-    lists = str([entry["words"] for entry in probe("categories").values()])
-    found = dict.fromkeys(re.findall(r"[A-Za-z]+", lists))
-    for relation in probe("analogies").values():
-        found |= dict.fromkeys(word for pair in relation["pairs"] for word in pair)
+    probes = [lab.Lab.probe(None, name) for name in ("categories", "analogies", "sentiment")]
+    found = dict.fromkeys(re.findall(r"[A-Za-z]+", str([w["words"] for w in probes[0].values()])))
+    found |= dict.fromkeys(w for r in probes[1].values() for pair in r["pairs"] for w in pair)
     return list(found)[:n]
 
 
@@ -65,7 +63,7 @@ def tiny(seed=0, **changes):
 
 def open_lab(run, baseline=None, seed=0):
     """The lab of a run on the CPU."""
-    return Lab(LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))
+    return lab.Lab(lab.LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))
 
 
 def token(word):

@@ -203,7 +203,7 @@ def test_a_misspelt_argument_is_shown_the_right_spelling(argv, spelling):
 
 
 def test_a_value_may_follow_its_key_after_a_space():
-    """`--key value` is `--key=value`, negative numbers included; a boolean takes true or false and nothing else."""
+    """`--key value` is `--key=value`, negative numbers included; a boolean takes true or false alone."""
     found = settings("--n_layer", "2", "--dropout", "-1e-3", "--compile", "--max_steps", "7", "--out", "a=b")
     expected = {"n_layer": 2, "dropout": -1e-3, "compile": True, "max_steps": 7, "out": "a=b"}
     assert expected.items() <= found.items()
@@ -282,6 +282,7 @@ def main():
 if __name__ == "__main__":
     configurator.run(main)
 '''
+
 
 @pytest.fixture
 def script(tmp_path):

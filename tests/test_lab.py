@@ -119,7 +119,7 @@ def test_run_blocks_is_the_models_own_forward_pass(room):
     with torch.no_grad():
         streams = lab.run_blocks(net, net.vocab.embed(x))
         assert torch.allclose(net.norm(streams[-1]), net.encode(x), atol=1e-6)
-        assert torch.equal(lab.run_blocks(net, streams[1], start=1)[-1], streams[-1])
+        assert torch.equal(lab.run_blocks(net, streams[1], layer=1)[-1], streams[-1])
 
 
 def test_token_losses_average_to_the_loss(room):
