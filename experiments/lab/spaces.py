@@ -3,8 +3,8 @@ The spaces in which words are compared, and how well the neighbours of a word kn
 
 A space is a matrix of codes (n, dims), one row for each word. Orthogonal rotations of the signals change no
 cosine, so the random gauges here are non-orthogonal (dictionary.skewed): they leave E and every logit as they
-are, but change cosines (Steck et al., 2403.05440). PCA and ICA are whitened. Whitened, they differ by little but
-a rotation, so their cosines nearly agree.
+are, but change cosines (Steck et al., 2403.05440). PCA and ICA are whitened; they then differ by little but a
+rotation, so their cosines nearly agree.
 """
 
 import numpy as np
@@ -56,8 +56,8 @@ def split(scores):
 def cosines(codes, mean=0.0):
     """Cosines (n, n) of the rows of codes (n, dims) less `mean`.
 
-    Subtract the mean over frequent words: otherwise a few directions that all words share dominate the cosines
-    (Timkey & van Schijndel, 2109.04404).
+    The mean over frequent words is one to subtract: otherwise a few directions that all words share dominate
+    the cosines (Timkey & van Schijndel, 2109.04404).
     """
     rows = torch.nn.functional.normalize(codes - mean, dim=1)
     return rows @ rows.T
