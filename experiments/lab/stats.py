@@ -37,6 +37,12 @@ def t_interval(values):
     return Estimate(mean, float(mean - half), float(mean + half))
 
 
+def regress_out(codes, nuisance):
+    """codes (n, S) less their least squares fit on 1, nuisance (n,) and its square."""
+    q = np.linalg.qr(np.vander(nuisance - nuisance.mean(), 3)).Q  # (n, 3)
+    return codes - q @ (q.T @ codes)
+
+
 def benjamini_hochberg(p, rate=0.05):
     """Which p-values (n,) are discoveries at a false discovery rate (Benjamini & Hochberg, 1995), (n,) bool."""
     p = np.asarray(p)

@@ -31,11 +31,11 @@ import hooks
 from configurator import UserError
 from dictionary import top_k
 from experiments.lab import Report, Scores
-from experiments.lab.analogies import CANDIDATES, QUESTIONS, build, ranks
+from experiments.lab.analogies import QUESTIONS, build, candidates, ranks, relations
 from experiments.lab.claims import below
 from experiments.lab.lab import open_subject
 from experiments.lab.plots import COLOURS
-from experiments.lab.probes import labelled, probe
+from experiments.lab.probes import labelled
 from experiments.lab.spaces import chance, cosines, precision
 from experiments.lab.stats import t_interval
 from experiments.studies.runs import Study, common_seeds, run_study, sizes
@@ -65,12 +65,8 @@ class Probes:
 def known_probes(lab):
     """The Probes that a lab's run knows."""
     words, labels, _ = labelled(lab.words)
-    pool = lab.words.known_words()[:CANDIDATES]
-    place = {int(token): i for i, token in enumerate(pool)}
-    relations = {name: relation["pairs"] for name, relation in probe("analogies").items()}
-    questions, target, _ = build(
-        relations, lambda word: place.get(lab.words.known(word)), lab.rng("questions"), QUESTIONS
-    )
+    pool, place_of = candidates(lab.words)
+    questions, target, _ = build(relations(), place_of, lab.rng("questions"), QUESTIONS)
     return Probes(torch.from_numpy(words), labels, torch.from_numpy(pool), questions, target)
 
 
