@@ -4,17 +4,17 @@ Does b - a + c lead to d in recipe space, and is it the difference that does it?
     python experiments/semantic_algebra.py --run=out/reflow-nano
 
 Method
-    Questions "a is to b as c is to ?" pair up the facts of probes/analogies.json whose words the model knows: at
-    most 600, evenly over relations. 3CosAdd maximises cos(d,b) - cos(d,a) + cos(d,c), 3CosMul (Levy & Goldberg,
-    2014) the ratio cos(d,b) cos(d,c) / (cos(d,a) + 0.001) of cosines moved to [0, 1]. Candidates: the 10,000 most
-    frequent words of one token seen at least five times, without a, b and c. With "query words kept" b or c itself
-    often wins. Many published successes need no difference at all (Linzen, 1606.07736), so the controls are the
-    neighbours of c alone (his Only-b), of b alone and of b + c (his Ignore-a). Codes are centred. Spaces and gauges:
-    lab/spaces.py. Unit: a question; questions with one target pair c : d are resampled together. rows.csv has
-    every relation and space.
+    Questions "a is to b as c is to ?" pair up the facts of probes/analogies.json whose words the model
+    knows: at most 600, evenly over relations. 3CosAdd maximises cos(d,b) - cos(d,a) + cos(d,c), 3CosMul
+    (Levy & Goldberg, 2014) the ratio cos(d,b) cos(d,c) / (cos(d,a) + 0.001) of cosines moved to [0, 1].
+    Candidates: the 10,000 most frequent words of one token seen at least five times, without a, b and c.
+    With "query words kept" b or c itself often wins. Many published successes need no difference at all
+    (Linzen, 1606.07736), so the controls are the neighbours of c alone (his Only-b), of b alone and of b + c
+    (his Ignore-a). Codes are centred. Spaces and gauges: lab/spaces.py. Unit: a question; questions with one
+    target pair c : d are resampled together. rows.csv has every relation and space.
 
 Cost
-    26 tables of 600 x 10,000 scores, beside ICA: 7 s on one core for 64 signals, 77 s for 1,024.
+    26 tables of 600 x 10,000 scores. Without the fit of ICA: 3 s on one core for 64 signals, 30 s for 1,024.
 """
 
 import sys
@@ -87,7 +87,7 @@ def run(lab: Lab) -> Report:
     }
     report.notes.append(
         f"{len(questions)} questions of {report.numbers['relations']} relations, {len(np.unique(target))} "
-        f"target pairs; {len(pool)} candidates. The mean reciprocal rank of a random order is {random_order:.4f}."
+        f"target pairs; {len(pool)} candidates. Mean reciprocal rank of a random order: {random_order:.4f}."
     )
     shown = {name: codes[name] for name in ("native", "E", "baseline") if name in codes}
     report.gallery = gallery(lab, shown, pool, known, questions)
@@ -97,7 +97,7 @@ def run(lab: Lab) -> Report:
 
 
 def gallery(lab, codes, pool, known, questions):
-    """The published examples and questions drawn at random: the answer's rank and the best candidates, as text."""
+    """The answer's rank and the best candidates, as text: published examples, questions drawn at random."""
     names = [token_text(token).strip() for token in pool]
     drawn = lab.rng("drawn").permutation(len(questions))[:N_DRAWN]
     lines = ["The published examples (3CosAdd, query words left out)"]
@@ -110,7 +110,7 @@ def gallery(lab, codes, pool, known, questions):
 
 
 def example(codes, names, words, question):
-    """Lines of text about one question: words (4,) and their places (4,) among the candidates, None if unknown."""
+    """Lines of text: one question, its words (4,) and their places (4,) in codes, None if unknown."""
     a, b, c, d = words
     lines = [f"  {b} - {a} + {c} = {d}"]
     if None in question:
@@ -142,7 +142,7 @@ def draw(report, scores, analogies, target, relation):
             plot_dot(right, y + 0.15, analogies["only c"][part], "only c", target[part], marker=".")
         right.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=7)
         right.invert_yaxis()
-        right.set(xlabel="mean reciprocal rank in recipe space\n(blue: 3CosAdd; black: neighbours of c alone)")
+        right.set(xlabel="mean reciprocal rank in recipe space\n(blue: 3CosAdd; black: only c)")
         for ax in (left, middle, right):
             ax.set_xlim(left=0)
 
