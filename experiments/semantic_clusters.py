@@ -154,32 +154,39 @@ def run(lab: Lab) -> Report:
         f"V-measure of {len(names)} k-means clusters (permuted labels; p): "
         + ", ".join(f"{s} {x['value']:.3f} ({x['permuted']:.3f}; {x['p']:.2f})" for s, x in v.items()),
     ]
+    report.gallery = gallery(excess, labels, names)
+    draw(report, lab, codes["native"], codes["step 0"], words, labels, names, rng)
+    return report
+
+
+def gallery(excess, labels, names):
+    """Text: the excess silhouette of every category."""
     lines = ["Excess silhouette of every category", f"  {'':14} words  recipes        E  before training"]
     for i, name in enumerate(names):
         cells = [f"{excess[space][labels == i].mean():7.3f}" for space in ("native", "E", "step 0")]
         lines.append(f"  {name:14} {(labels == i).sum():5}  {'  '.join(cells)}")
-    report.gallery = "\n".join(lines)
+    return "\n".join(lines)
 
-    # The figures: the categories with the most known words.
+
+def draw(report, lab, native, untrained, words, labels, names, rng):
+    """The categories with the most known words in a plane and in a heat map; their silhouettes."""
     shown = np.sort(np.argsort(-np.bincount(labels), kind="stable")[:N_SHOWN])
-    kept = np.isin(labels, shown)
-    some = words[kept]
-    part = np.searchsorted(shown, labels[kept])  # (m,), 0 to N_SHOWN - 1
-    titles = [names[i] for i in shown]
-    own = codes["native"][torch.from_numpy(kept)]
-    untrained = codes["step 0"][torch.from_numpy(kept)]
-    points, share = plane(own)
-    picture = picture_silhouettes(own, untrained, part, rng, lab.seed)
+    kept = np.flatnonzero(np.isin(labels, shown))
+    words = words[kept]
+    labels = np.searchsorted(shown, labels[kept])  # (m,), 0 to N_SHOWN - 1
+    names = [names[i] for i in shown]
+    native = native[torch.from_numpy(kept)]  # (m, dims)
+    picture = picture_silhouettes(native, untrained[torch.from_numpy(kept)], labels, rng, lab.seed)
     for name, value in picture.items():
         report.row("silhouette", value, dictionary="native", control=f"words of the picture, {name}")
+    points, share = plane(native)
     report.numbers["picture"] = picture | {"share of variance": share}
     values = "; ".join(f"{name} {value:.3f}" for name, value in picture.items())
-    report.notes.append(f"Silhouette of the {len(part)} words of the picture {values}.")
-    draw_plane(report, points, part, titles, some)
-    order = np.argsort(-lab.words.counts[some], kind="stable")
-    frequent = np.concatenate([order[part[order] == i][:N_ROWS] for i in range(len(shown))])
-    draw_heat_map(report, distances(own[frequent]), part[frequent], titles, some[frequent])
-    return report
+    report.notes.append(f"Silhouette of the {len(words)} words of the picture {values}.")
+    draw_plane(report, points, labels, names, words)
+    by_count = np.argsort(-lab.words.counts[words], kind="stable")
+    frequent = np.concatenate([by_count[labels[by_count] == i][:N_ROWS] for i in range(len(names))])
+    draw_heat_map(report, distances(native[frequent]), labels[frequent], names, words[frequent])
 
 
 def picture_silhouettes(own, untrained, labels, rng, seed):
