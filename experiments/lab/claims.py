@@ -21,6 +21,7 @@ from experiments.lab.stats import estimate, t_interval
 LEAST_UNITS = 20  # independent units below which a claim is inconclusive
 N_GAUGES = 19  # random changes of the dictionary: the fewest that can give p = 0.05
 ROUNDING = 1e-5  # of the mean measured size
+PLURAL = {"rotation": "rotations", "skewed": "skewed gauges"}  # of Scores.gauge, in texts
 
 
 class Scores(dict):
@@ -111,7 +112,7 @@ def signals(scores, unit, against=None, groups=None, lower=False):
     means = np.asarray(scores.gauges, float).mean(1)  # (K,)
     n_gauges = len(means)
     p = float((1 + (sign * means >= sign * np.mean(scores.native)).sum()) / (n_gauges + 1))
-    plural = {"rotation": "rotations", "skewed": "skewed gauges"}[scores.gauge]
+    plural = PLURAL[scores.gauge]
     beats = bool(p <= 0.05)
 
     if found["n"] < LEAST_UNITS or n_gauges < N_GAUGES:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from experiments.lab.claims import PLURAL
 from experiments.lab.stats import estimate
 
 # Okabe and Ito's colours, told apart by colour-blind readers; one meaning each in all figures.
@@ -107,8 +108,7 @@ def plot_scores(ax, scores, groups=None, xlabel=""):
             ax.plot(means, [y] * len(means), "|", color=COLOURS["gauges"], ms=10)
         else:
             plot_dot(ax, y, scores[name], name, groups)
-    title = {"rotation": "rotations", "skewed": "skewed gauges"}[scores.gauge]
-    labels = [f"{len(scores.gauges)} {title}" if name == "gauges" else name for name in names]
+    labels = [f"{len(scores.gauges)} {PLURAL[scores.gauge]}" if name == "gauges" else name for name in names]
     ax.set_yticks(range(len(names)), labels)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel=xlabel)

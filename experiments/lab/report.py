@@ -182,7 +182,7 @@ def table(result):
         lines += ["", *textwrap.wrap(f"{claim.kind}: {claim.claim}", 104)]
         values = {"measured": claim.measured}
         if claim.gauges is not None:
-            values[f"{claim.n_gauges} {claim.gauge}s (range)"] = claim.gauges
+            values[f"{claim.n_gauges} {rules.PLURAL[claim.gauge]} (range)"] = claim.gauges
         values |= claim.controls
         width = max(map(len, values))
         lines += [f"  {name:{width}}  {value}" for name, value in values.items()]
