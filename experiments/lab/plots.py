@@ -31,6 +31,8 @@ COLOURS = {
     "topk": "#D55E00",
 }
 
+GAUGES = {"rotation": "rotations", "skewed": "skewed gauges"}  # the plurals
+
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -88,6 +90,16 @@ def plot_band(ax, x, values, name, dash="o-", label=None):
     ax.fill_between(x, [e.low for e in band], [e.high for e in band], color=COLOURS[name], alpha=0.15, lw=0)
 
 
+def plot_curves(ax, x, scores):
+    """Draw the means of Scores of values (n, len(x)) over x; the range of the gauges' means in grey."""
+    if scores.gauges is not None:
+        means = scores.gauges.mean(1)  # (K, len(x))
+        label = f"{len(means)} {GAUGES[scores.gauge]}, range"
+        ax.fill_between(x, means.min(0), means.max(0), color=COLOURS["gauges"], alpha=0.5, lw=0, label=label)
+    for name, values in scores.items():
+        ax.plot(x, values.mean(0), "o-", ms=3, color=COLOURS[name], label=name)
+
+
 def plot_dot(ax, y, values, name, groups=None, marker="o", filled=True):
     """Draw the mean of values (n,) at height y with its 95 % interval."""
     e = estimate(values, groups)
@@ -107,8 +119,7 @@ def plot_scores(ax, scores, groups=None, xlabel=""):
             ax.plot(means, [y] * len(means), "|", color=COLOURS["gauges"], ms=10)
         else:
             plot_dot(ax, y, scores[name], name, groups)
-    title = {"rotation": "rotations", "skewed": "skewed gauges"}[scores.gauge]
-    labels = [f"{len(scores.gauges)} {title}" if name == "gauges" else name for name in names]
+    labels = [f"{len(scores.gauges)} {GAUGES[scores.gauge]}" if name == "gauges" else name for name in names]
     ax.set_yticks(range(len(names)), labels)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
