@@ -181,30 +181,7 @@ def run(lab: Lab, config=None) -> Report:
     )
     report.gallery = gallery(x, own, contributions, native, names)
 
-    means = report["overlap_half"]
-    title = (
-        f"At half depth the lens has the final top token in {agreement['reflow'][:, half].mean():.0%} of "
-        f"contexts; of the {TOP} signals that carry it {means.measured.value:.0%} are there, "
-        f"{means.gauges.value:.0%} in random rotations ({means.verdict})"
-    )
-    with report.figure("lens", title, 2, 2, size=(10, 6.6)) as ((left, right), (lower_left, lower_right)):
-        for name, depth in depths.items():
-            plot_band(left, layers, agreement[name], name, label=name)
-            plot_band(right, layers, depth.kl, name, label=name)
-        plot_curves(lower_left, layers, found["overlap"])
-        left.set(ylabel="contexts with the final top token")
-        right.set(ylabel="KL(final || lens), nats")
-        right.set_yscale("symlog", linthresh=0.01)
-        lower_left.set(ylabel=f"overlap@{TOP} with the final signals")
-        for ax in (left, right, lower_left):
-            ax.set(xlabel="blocks before the lens")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.legend()
-        shown = shares[:, :64]
-        labels = [s if s % 8 == 0 else "" for s in range(shown.shape[1])]
-        fontsize = 7 if len(names) < 20 else 4
-        plot_heat_map(lower_right, shown, labels, names, "share of the signal's variance", fontsize=fontsize)
-        lower_right.set(xlabel="signal (the first 64)")
+    draw(report, depths, agreement, found["overlap"], shares, names)
     return report
 
 
@@ -220,6 +197,36 @@ def gallery(x, depth, contributions, d, names):
         lines.append(f"  ...{''.join(token_text(token) for token in x[i, -8:])}")
         lines.append(f"      {tops};  signals {', '.join(signals)}")
     return "\n".join(lines)
+
+
+def draw(report, depths, agreement, overlaps, shares, names):
+    """Agreement, divergence and overlap by layer; the writers of the first 64 signals."""
+    layers = range(agreement["reflow"].shape[1])
+    half = layers[-1] // 2
+    claim = report["overlap_half"]
+    title = (
+        f"At half depth the lens has the final top token in {agreement['reflow'][:, half].mean():.0%} of "
+        f"contexts; of the {TOP} signals that carry it {claim.measured.value:.0%} are there, "
+        f"{claim.gauges.value:.0%} in random rotations ({claim.verdict})"
+    )
+    with report.figure("lens", title, 2, 2, size=(10, 6.6)) as ((left, right), (lower_left, lower_right)):
+        for name, depth in depths.items():
+            plot_band(left, layers, agreement[name], name, label=name)
+            plot_band(right, layers, depth.kl, name, label=name)
+        plot_curves(lower_left, layers, overlaps)
+        left.set(ylabel="contexts with the final top token")
+        right.set(ylabel="KL(final || lens), nats")
+        right.set_yscale("symlog", linthresh=0.01)
+        lower_left.set(ylabel=f"overlap@{TOP} with the final signals")
+        for ax in (left, right, lower_left):
+            ax.set(xlabel="blocks before the lens")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.legend()
+        shown = shares[:, :64]
+        labels = [s if s % 8 == 0 else "" for s in range(shown.shape[1])]
+        fontsize = 7 if len(names) < 20 else 4
+        plot_heat_map(lower_right, shown, labels, names, "share of the signal's variance", fontsize=fontsize)
+        lower_right.set(xlabel="signal")
 
 
 if __name__ == "__main__":

@@ -126,13 +126,14 @@ def plot_scores(ax, scores, groups=None, xlabel=""):
 
 
 def plot_heat_map(ax, values, xlabels, ylabels, label, limit=None, fontsize=7):
-    """Draw values (rows, columns) in red and blue about zero, with a colour bar that says `label`."""
+    """Draw values (rows, columns) in red and blue about zero, with a colour bar if it has a `label`."""
     limit = np.abs(values).max() if limit is None else limit
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     ax.set_xticks(range(len(xlabels)), xlabels, fontsize=fontsize, rotation=90)
     ax.set_yticks(range(len(ylabels)), ylabels, fontsize=fontsize)
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    if label:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
     return image
 
 
