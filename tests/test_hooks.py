@@ -28,9 +28,8 @@ def test_last_token_alone_equals_the_whole_pass():
 def test_the_lens_by_layer_is_the_logit_lens_of_all_layers_at_once():
     net = loud(tiny(2))
     with torch.no_grad():
-        resid = torch.stack(hooks.resid_streams(net, net.vocab.embed(ids(3, 8))), dim=1)[
-            :, :, -1
-        ]  # (n, L, d)
+        streams = hooks.resid_streams(net, net.vocab.embed(ids(3, 8)))
+        resid = torch.stack(streams, dim=1)[:, :, -1]  # (n, L, d)
         top, kl = hooks.lens_by_layer(net, resid)
         logits = hooks.logit_lens(net, resid).double()  # (n, L, V)
     p = logits[:, -1:].softmax(-1)
