@@ -42,6 +42,18 @@ def kl(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def lens_by_layer(net, resid):
+    """Logit lens of streams resid (n, L, d): top tokens (n, L), and KL(last layer || layer), nats, (n, L)."""
+    final = log_probs(net, net.norm(resid[:, -1]))  # (n, n_tokens)
+    top = []
+    divergence = []
+    for layer in range(resid.size(1)):  # the logits of one layer at a time
+        logits = logit_lens(net, resid[:, layer])
+        top.append(logits.argmax(-1))
+        divergence.append(kl(final, logits.double().log_softmax(-1)))
+    return torch.stack(top, 1), torch.stack(divergence, 1)
+
+
 def padded(rows, device):
     """Rows of ids of any lengths as a tensor (n, longest), filled on the right, where causality hides it."""
     longest = max(map(len, rows))

@@ -182,7 +182,11 @@ class Vocab(nn.Module):
     def loss(self, h, targets, grad_scale=1.0):
         """h (N, d), normalised, targets (N,) -> mean cross-entropy over targets that are not IGNORE, fp32."""
         z, codes = self.signals(h), self.recipes()
-        with torch.autocast(z.device.type, enabled=False):
+        device = z.device.type
+        if torch.is_autocast_enabled(device):
+            # A dense vocabulary's signals are the fp32 stream: its products must run in the same precision.
+            z = z.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
             return ChunkedCrossEntropy.apply(
                 z, codes, targets, grad_scale, self.chunk, torch.is_grad_enabled()
             )

@@ -63,6 +63,36 @@ def tiny(seed=0, **changes):
     return ReFlow(ModelConfig(**shape | {"recipe_init_std": 0.1} | changes))
 
 
+def silent(net):
+    """The same net with blocks that add nothing."""
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.attn.o.weight)
+        torch.nn.init.zeros_(block.mlp.down.weight)
+    return net
+
+
+def loud(net, factor=5):
+    """The same net with larger weights in its blocks: an untrained one hardly changes its stream."""
+    for parameter in net.blocks.parameters():
+        parameter.data *= factor
+    return net
+
+
+def averaging(net, layer, value=None, gain=1.0):
+    """The same net; attention of block `layer` adds gain * value @ the mean of all normalised streams."""
+    attn = net.blocks[layer].attn
+    eye = torch.eye(net.config.n_embd)
+    torch.nn.init.zeros_(attn.q.weight)
+    attn.v.weight.data = eye if value is None else value
+    attn.o.weight.data = gain * eye
+    return net
+
+
+def ids(*shape, seed=0, low=0, high=1000):
+    """Random token ids of a shape."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def open_lab(run, baseline=None, seed=0):
     """The lab of a run on the CPU."""
     return Lab(LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))

@@ -5,6 +5,7 @@ A run under study: its model, the controls of its model and of its dictionary, a
 import functools
 import hashlib
 import json
+import os
 import zlib
 from dataclasses import dataclass
 
@@ -257,8 +258,14 @@ def pick(named, key):
     return {name: table[key] for name, table in named.items()}
 
 
-@functools.lru_cache
 def file_sha256(path):
+    """SHA-256 of a file, read again only when its time or size has changed."""
+    stat = os.stat(path)
+    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def sha256_of_version(path, mtime_ns, size):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -32,6 +32,7 @@ COLOURS = {
     "topk": "#D55E00",
 }
 
+
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -89,6 +90,16 @@ def plot_band(ax, x, values, name, dash="o-", label=None):
     ax.fill_between(x, [e.low for e in band], [e.high for e in band], color=COLOURS[name], alpha=0.15, lw=0)
 
 
+def plot_curves(ax, x, scores):
+    """Draw the means of Scores of values (n, len(x)) over x; the range of the gauges' means in grey."""
+    if scores.gauges is not None:
+        means = scores.gauges.mean(1)  # (K, len(x))
+        label = f"{len(means)} {PLURAL[scores.gauge]}, range"
+        ax.fill_between(x, means.min(0), means.max(0), color=COLOURS["gauges"], alpha=0.5, lw=0, label=label)
+    for name, values in scores.items():
+        ax.plot(x, values.mean(0), "o-", ms=3, color=COLOURS[name], label=name)
+
+
 def plot_dot(ax, y, values, name, groups=None, marker="o", filled=True):
     """Draw the mean of values (n,) at height y with its 95 % interval."""
     e = estimate(values, groups)
@@ -115,13 +126,14 @@ def plot_scores(ax, scores, groups=None, xlabel=""):
 
 
 def plot_heat_map(ax, values, xlabels, ylabels, label, limit=None, fontsize=7):
-    """Draw values (rows, columns) in red and blue about zero, with a colour bar that says `label`."""
+    """Draw values (rows, columns) in red and blue about zero, with a colour bar if it has a `label`."""
     limit = np.abs(values).max() if limit is None else limit
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     ax.set_xticks(range(len(xlabels)), xlabels, fontsize=fontsize, rotation=90)
     ax.set_yticks(range(len(ylabels)), ylabels, fontsize=fontsize)
     ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    if label:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
     return image
 
 

@@ -2,6 +2,7 @@
 What an experiment found: claims, rows, numbers, figures; printed, saved as a folder, shown in a notebook.
 """
 
+import ast
 import base64
 import csv
 import hashlib
@@ -163,10 +164,24 @@ def code_sha256(experiment):
         *script(experiment).parent.glob("runs.py"),  # what the studies share
         *(EXPERIMENTS / "probes").glob("*.json"),
     ]
-    files += [ROOT / name for name in ("dictionary.py", "hooks.py", "model.py")]
-    files += [ROOT / "data" / name for name in ("datasets.py", "shards.py", "tokenizer.py")]
+    files += [ROOT / name for name in ("attribution.py", "dictionary.py", "hooks.py", "model.py")]
+    files += [ROOT / "data" / name for name in ("datasets.py", "shards.py", "tokenizer.py", "words.py")]
     hashes = [f"{path.relative_to(ROOT)} {file_sha256(path)}" for path in sorted(files)]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def method(experiment, section="Method"):
+    """(question, [paragraphs of a section: Method or Cost]) of a script, from its docstring."""
+    source = script(experiment).read_text(encoding="utf-8")
+    question, _, rest = configurator.read_docstring(ast.get_docstring(ast.parse(source)) or experiment)
+    paragraphs = []
+    heading = ""
+    for text in rest.split("\n\n"):
+        if not text.startswith(" "):  # a new section: its heading, then its first paragraph
+            heading, _, text = text.partition("\n")
+        if heading == section:
+            paragraphs.append(" ".join(text.split()))
+    return " ".join(question.split()), paragraphs
 
 
 # ----------------------------------------------------------------------------------------------------
