@@ -33,23 +33,9 @@ class Dictionary:
     def n_signals(self):
         return len(self.atoms)
 
-    @property
-    def eighth(self):
-        """An eighth of the signals, at least one: the size at which cut recipes are compared."""
-        return max(1, self.n_signals // 8)
-
     def matrix(self):
         """E (V, d)."""
         return self.codes @ self.atoms
-
-    def activations(self, h):
-        """A (..., S) of normalised final states h (..., d): logits are A @ codes.T, exactly."""
-        return h @ self.atoms.T
-
-    def part(self, tokens):
-        """The same dictionary of some tokens alone, ids (n,): codes (n, S)."""
-        index = torch.as_tensor(tokens).to(self.codes.device)
-        return Dictionary(self.name, self.codes[index], self.atoms)
 
 
 def top_k(codes, k):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, ReFlow, Vocab, rope_table
+from model import ReFlow, Vocab, rope_table
 
 # ----------------------------------------------------------------------------------------------------
 # Reading
@@ -83,40 +83,6 @@ def resid_streams(net, resid, layer=0):
     return streams
 
 
-class LastToken:
-    """The last token of each row alone: keys and values of the tokens before it are computed once.
-
-    An edit of the last token's stream changes nothing before it, so it needs a forward pass of one token.
-    idx (B, T) is padded on the right; `lengths` are the rows' tokens (None: T each).
-    """
-
-    @torch.no_grad()
-    def __init__(self, net, idx, lengths=None):
-        c = net.config
-        self.net = net
-        lengths = lengths or [idx.size(1)] * len(idx)
-        self.cache = KVCache(c, len(idx), max(lengths), idx.device, net.kv_dtype())
-        net.encode(idx[:, : max(lengths) - 1], self.cache, [n - 1 for n in lengths])
-        at = self.cache.advance(idx.device)  # (B, 1)
-        table = rope_table(c.block_size, c.head_dim, c.rope_base, idx.device)
-        self.cos, self.sin = (angles[at].unsqueeze(1) for angles in table)  # (B, 1, 1, head_dim / 2)
-        rows = torch.arange(len(idx), device=idx.device)
-        self.ids = idx[rows, torch.tensor(lengths, device=idx.device) - 1]  # (B,)
-
-    @torch.no_grad()
-    def embed(self):
-        """The last tokens' embeddings (B, d)."""
-        return self.net.vocab.embed(self.ids)
-
-    @torch.no_grad()
-    def streams(self, resid, layer=0):
-        """Streams (n_layer + 1 - layer, B, d) of the last token for resid (B, d) entering `layer`."""
-        streams = [resid[:, None]]  # (B, 1, d) each
-        for i in range(layer, self.net.config.n_layer):
-            streams.append(self.net.blocks[i](streams[-1], self.cos, self.sin, self.cache, i))
-        return torch.cat(streams, dim=1).transpose(0, 1)
-
-
 # ----------------------------------------------------------------------------------------------------
 # Editing
 
@@ -134,20 +100,6 @@ def edit_resid(net, edits):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def resid_pre(net, idx, layer):
-    """The stream entering `layer` for ids idx (B, T), (B, T, d)."""
-    seen = []
-
-    def keep(resid):
-        seen.append(resid)
-        return resid
-
-    with edit_resid(net, {layer: keep}):
-        net.encode(idx)
-    return seen[0]
 
 
 def unit(v):

@@ -27,6 +27,7 @@ import torch
 
 import checkpoint
 import configurator
+import hooks
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, encoding
 from hardware import pick_device, pick_dtype
@@ -67,7 +68,7 @@ def read_prompt(prompt):
 
 
 def read_steering(text, model):
-    """What --steer means: (direction (d,), strength, layers) for each item, as in `lab.steering`."""
+    """What --steer means: (direction (d,), strength, layers) for each item, as in `hooks.steer`."""
     found, last = [], model.config.n_layer
     basis = getattr(model.vocab, "basis", None)
     for item in text.split(","):
@@ -98,10 +99,8 @@ def steered(model, text):
     """A context in which the model is steered by --steer."""
     stack = ExitStack()
     if text is not None:
-        from experiments import lab  # here, since plain sampling does without
-
         for direction, strength, layers in read_steering(text, model):
-            stack.enter_context(lab.steering(model, direction, strength, layers))
+            stack.enter_context(hooks.steer(model, direction, strength, layers))
     return stack
 
 

@@ -22,9 +22,8 @@ COUNTED = 50_000  # windows of training text, at most, in which tokens are count
 def find_dataset(name):
     """The folder that `--dataset=name` means: data/<name>, or a path.
 
-    The embedded corpus is prepared if it is missing.
-
-    Under torchrun every process must call it: the first one prepares, the others wait.
+    The embedded corpus is prepared if it is missing. Under torchrun every process must call it: the first one
+    prepares, the others wait.
     """
     folder = DATA / name if "/" not in name else Path(name)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
