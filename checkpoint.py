@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -155,8 +156,7 @@ def gather_state(model, optimizer):
     """({name: weight}, {"name.exp_avg": ...}). Every process must call it."""
     weights, moments = {}, {}
     if hasattr(model, "reshard"):
-        # An evaluation leaves FSDP's root unsharded: parameters that the optimiser does not know.
-        model.reshard()
+        model.reshard()  # an evaluation leaves FSDP's root unsharded: parameters that the optimiser does not know
     for name, parameter in model.named_parameters():
         weights[name] = whole(parameter)
         for key, value in optimizer.state[parameter].items():
@@ -255,6 +255,59 @@ def shortest(path):
     """`path` as one would type it in the current folder."""
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: a step_... folder of a run, or a release, which is a run of one checkpoint."""
+
+    path: Path  # the folder that holds model.safetensors
+    state: dict  # its state.json
+    named: bool = False  # whether a user named this very folder, not its run
+
+    @property
+    def run(self):
+        """The run's folder."""
+        return self.path.parent if self.path.name.startswith("step_") else self.path
+
+    @property
+    def name(self):
+        return self.run.name
+
+    @property
+    def step(self):
+        """Optimiser steps so far."""
+        return self.state["step"]
+
+    @property
+    def results(self):
+        """The folder of its experiments' results. A step_... folder that a user named has its own."""
+        return (self.path if self.named else self.run) / "experiments"
+
+    @property
+    def model_config(self):
+        """A dict, as it was saved."""
+        return self.state["config"]["model"]
+
+    @property
+    def train_config(self):
+        """A dict, as it was saved; empty for a model without one."""
+        return self.state["config"].get("train", {})
+
+    @property
+    def weights(self):
+        """The file of its weights."""
+        return self.path / WEIGHTS[0]
+
+    def load_model(self, device="cpu"):
+        """The ReFlow in eval mode on `device`, fp32. Raises UserError."""
+        return load_model(self.path, device)[0]
+
+
+def open_run(run=None, out="out"):
+    """The Checkpoint that `run` means, see `find`. Raises UserError."""
+    path = find(run, out)
+    return Checkpoint(path, read_state(path), named=run is not None and Path(run).resolve() == path.resolve())
 
 
 def build_model(config, weights, source="the model"):

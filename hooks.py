@@ -1,9 +1,9 @@
 """
 The residual stream of a ReFlow: read it, edit it, steer it, run the model from the middle.
 
-`layer` is the block that a stream enters: 0 is the embedding, n_layer the input of the final norm. So layer l
-is TransformerLens' blocks.{l}.hook_resid_pre, and blocks.{l-1}.hook_resid_post. Functions that return logits
-leave the padding rows of the vocabulary out.
+`layer` is the block that a stream enters: 0 is the embedding, n_layer the input of the final norm. So layer l is
+TransformerLens' blocks.{l}.hook_resid_pre, and blocks.{l-1}.hook_resid_post. Functions that return logits leave
+the padding rows of the vocabulary out.
 """
 
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from model import ReFlow, Vocab, rope_table
+from model import KVCache, ReFlow, Vocab, rope_table
 
 # ----------------------------------------------------------------------------------------------------
 # Reading
@@ -40,6 +40,18 @@ def log_probs(net, h):
 def kl(log_p, log_q):
     """KL(p || q), nats, of log-probabilities (..., n_tokens), (...)."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def lens_by_layer(net, resid):
+    """Logit lens of streams resid (n, L, d): top tokens (n, L), and KL(last layer || layer), nats, (n, L)."""
+    final = log_probs(net, net.norm(resid[:, -1]))  # (n, n_tokens)
+    top = []
+    divergence = []
+    for layer in range(resid.size(1)):  # the logits of one layer at a time
+        logits = logit_lens(net, resid[:, layer])
+        top.append(logits.argmax(-1))
+        divergence.append(kl(final, logits.double().log_softmax(-1)))
+    return torch.stack(top, 1), torch.stack(divergence, 1)
 
 
 def padded(rows, device):
@@ -74,13 +86,47 @@ def token_losses(net, x, y, batch=512):
 
 @torch.no_grad()
 def resid_streams(net, resid, layer=0):
-    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each; resid enters `layer`."""
+    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each, for resid entering `layer`."""
     c = net.config
     cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, resid.device)
     streams = [resid]
     for block in net.blocks[layer:]:
         streams.append(block(streams[-1], cos[: resid.size(1)], sin[: resid.size(1)]))
     return streams
+
+
+class LastToken:
+    """The last token of each row alone: keys and values of the tokens before it are computed once.
+
+    An edit of the last token's stream changes nothing before it, so it needs a forward pass of one token.
+    idx (B, T) is padded on the right; `lengths` are the rows' tokens (None: T each).
+    """
+
+    @torch.no_grad()
+    def __init__(self, net, idx, lengths=None):
+        c = net.config
+        self.net = net
+        lengths = lengths or [idx.size(1)] * len(idx)
+        self.cache = KVCache(c, len(idx), max(lengths), idx.device, net.kv_dtype())
+        net.encode(idx[:, : max(lengths) - 1], self.cache, [n - 1 for n in lengths])
+        at = self.cache.advance(idx.device)  # (B, 1)
+        table = rope_table(c.block_size, c.head_dim, c.rope_base, idx.device)
+        self.cos, self.sin = (angles[at].unsqueeze(1) for angles in table)  # (B, 1, 1, head_dim / 2)
+        rows = torch.arange(len(idx), device=idx.device)
+        self.ids = idx[rows, torch.tensor(lengths, device=idx.device) - 1]  # (B,)
+
+    @torch.no_grad()
+    def embed(self):
+        """The last tokens' embeddings (B, d)."""
+        return self.net.vocab.embed(self.ids)
+
+    @torch.no_grad()
+    def streams(self, resid, layer=0):
+        """Streams (n_layer + 1 - layer, B, d) of the last token for resid (B, d) entering `layer`."""
+        streams = [resid[:, None]]  # (B, 1, d) each
+        for i in range(layer, self.net.config.n_layer):
+            streams.append(self.net.blocks[i](streams[-1], self.cos, self.sin, self.cache, i))
+        return torch.cat(streams, dim=1).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -100,6 +146,20 @@ def edit_resid(net, edits):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def resid_pre(net, idx, layer):
+    """The stream entering `layer` for ids idx (B, T), (B, T, d)."""
+    seen = []
+
+    def keep(resid):
+        seen.append(resid)
+        return resid
+
+    with edit_resid(net, {layer: keep}):
+        net.encode(idx)
+    return seen[0]
 
 
 def unit(v):

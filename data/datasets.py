@@ -1,17 +1,20 @@
 """
-Prepared data sets by name: where one is, whether it trained a run, a model's loss on it, its tokens' counts.
+Prepared data sets by name: where one is, whether a run was trained on it, a model's loss on it, its tokens' counts.
 """
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoint
 from configurator import UserError
 from data.shards import Dataset
+from data.words import Words
 from model import ModelConfig
 
 DATA = Path(__file__).resolve().parent
@@ -20,10 +23,9 @@ COUNTED = 50_000  # windows of training text, at most, in which tokens are count
 
 
 def find_dataset(name):
-    """The folder that `--dataset=name` means: data/<name>, or a path.
+    """The folder that `--dataset=name` means: data/<name>, or a path; the embedded corpus is prepared if missing.
 
-    The embedded corpus is prepared if it is missing. Under torchrun every process must call it: the first one
-    prepares, the others wait.
+    Under torchrun every process must call it: the first one prepares, the others wait.
     """
     folder = DATA / name if "/" not in name else Path(name)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -47,7 +49,7 @@ def dataset_of(state):
 
 
 def mean_loss(model, dataset, n_sequences, batch_size, device, autocast=None, rank=0, world=1):
-    """Mean loss, nats per token, over the first `n_sequences` windows; all processes share the work."""
+    """Mean loss, nats per token, over the first `n_sequences` windows of `dataset`, shared by all processes."""
     autocast = autocast or contextlib.nullcontext()
     was_training = model.training
     model.eval()
@@ -66,6 +68,24 @@ def mean_loss(model, dataset, n_sequences, batch_size, device, autocast=None, ra
         dist.all_reduce(total)
     model.train(was_training)
     return (total[0] / total[1]).item()
+
+
+def text_folder(state):
+    """The folder of the text for a checkpoint's run: its own data set, else the embedded corpus."""
+    name = state["config"].get("train", {}).get("dataset", "sotu")
+    if name != "sotu":
+        folder = find_dataset(name)
+        if (folder / "meta.json").exists():
+            return folder
+        print(f"the run's dataset {name} is not here: text from data/sotu", file=sys.stderr)
+    return find_dataset("sotu")
+
+
+def run_words(path, state):
+    """The Words of a checkpoint in the folder `path`; a release brings the counts of its training along."""
+    if (path / COUNTS).exists():
+        return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy())
+    return Words(token_counts(state, text_folder(state)))
 
 
 def token_counts(state, folder):

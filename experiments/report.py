@@ -1,31 +1,38 @@
 """
 One self-contained HTML page of a run's experiments: verdicts, figures, galleries.
 
-    python experiments/report.py                  the newest run under out/, to <run>/experiments/report.html
+    python experiments/report.py                  the newest run with signals
     python experiments/report.py --run=out/reflow-1
+
+It is written to <run>/experiments/report.html. The record is made of results that belong together: of the
+run's weights as they are now, of one baseline and one seed, without options. Others are left out, with the
+reason. Results of an earlier version of the code are marked. Looks, which have options, come last.
 """
 
+import base64
 import sys
+from collections import Counter
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ast
-import base64
-import json
-from html import escape
 
 import checkpoint
 import configurator
 from checkpoint import write_atomically
 from configurator import UserError
-from experiments.lab import newest_with_signals, results_folder
+from experiments.lab.claims import PLURAL
+from experiments.lab.lab import file_sha256, open_newest, run_identity
+from experiments.lab.report import LOOKS, code_sha256, method
+from experiments.lab.results import read_result
 from experiments.run_all import NAMES
 
 
 @dataclass
 class ReportConfig:
-    run: str | None = None  # a run's folder; None: the newest with signals under out/
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
 
 
 STYLE = """
@@ -40,15 +47,90 @@ img { width: 100%; background: #fff; border-radius: 4px; margin: 1rem 0 0; }
 pre { overflow-x: auto; background: var(--soft); padding: .75rem; border-radius: 4px; font-size: .8rem; }
 .v { white-space: nowrap; border-radius: 1rem; padding: .1rem .6rem; font-size: .8rem; color: #fff; }
 .supported { background: #007a55; } .not { background: #b04a00; } .inconclusive { background: #666; }
+.mark { border-left: 4px solid #b04a00; padding-left: .75rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 """
 
 
+# ----------------------------------------------------------------------------------------------------
+# Which results belong to the run
+
+
+def read_results(folder):
+    """({name: Result} of the experiments in a folder, {name: why a result cannot be read})."""
+    results, unreadable = {}, {}
+    for name in NAMES:
+        path = folder / name / "result.json"
+        if not path.exists():
+            continue
+        try:
+            results[name] = read_result(path)
+        except UserError as error:
+            unreadable[name] = str(error)
+    return results, unreadable
+
+
+def conditions(result):
+    """What all results of a record share: the seed, and the weights of the baseline."""
+    baseline = {name: sha for name, sha in result.made_from.items() if name != result.run.name}
+    return result.seed, tuple(sorted(baseline.items()))
+
+
+def weights_fault(result, ckpt):
+    """Why a result was not made from the weights of a Checkpoint, as they are now; None if it was."""
+    if result.run != run_identity(ckpt):
+        return f"made from another run or configuration: {result.run.name}, step {result.run.step}"
+    if result.made_from.get(ckpt.name) != file_sha256(ckpt.weights):
+        return f"made from other weights of {ckpt.name}"
+    return None
+
+
+def sort_results(results, ckpt):
+    """({name: Result} of the record, {name: why another is left out}).
+
+    Where seeds or baselines differ, those of the most results are the record's.
+    """
+    left_out = {}
+    for name, result in results.items():
+        fault = weights_fault(result, ckpt)
+        if fault is None and result.options:
+            fault = f"made with {spell(result.options)}: a look, not the record"
+        if fault:
+            left_out[name] = fault
+    kept = {name: result for name, result in results.items() if name not in left_out}
+    if kept:
+        (usual, _), *_ = Counter(map(conditions, kept.values())).most_common(1)
+        for name, result in kept.items():
+            if result.seed != usual[0]:
+                left_out[name] = f"made with seed {result.seed}; the others have seed {usual[0]}"
+            elif conditions(result) != usual:
+                baseline = ", ".join(key for key in result.made_from if key != result.run.name) or "none"
+                left_out[name] = f"made with another baseline ({baseline}) than the others"
+    record = {name: result for name, result in kept.items() if name not in left_out}
+    return record, left_out
+
+
+def is_old(result):
+    """Whether another version of the code made a result."""
+    return result.code_sha256 != code_sha256(result.experiment)
+
+
+def spell(options):
+    """Options as on the command line."""
+    return " ".join(quote(f"--{key}={value}") for key, value in options.items())
+
+
+# ----------------------------------------------------------------------------------------------------
+# The page
+
+
 def number(estimate):
-    """An estimate as HTML: value and interval."""
-    if estimate["value"] is None or estimate["value"] != estimate["value"]:
+    """An Estimate as HTML: value and interval."""
+    if estimate.value is None:
         return "&ndash;"
-    return f"{estimate['value']:.3g} <small>[{estimate['low']:.3g}, {estimate['high']:.3g}]</small>"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3g}"
+    return f"{estimate.value:.3g} <small>[{estimate.low:.3g}, {estimate.high:.3g}]</small>"
 
 
 def badge(verdict):
@@ -58,17 +140,18 @@ def badge(verdict):
 def summary(results):
     """The table of all claims."""
     rows = []
-    for result in results:
-        for claim in result["claims"]:
-            controls = "<br>".join(f"{escape(k)}: {number(v)}" for k, v in claim["controls"].items())
-            published = (
-                f"<br><small>published: {escape(claim['published'])}</small>" if claim["published"] else ""
-            )
-            link = f'<a href="#{result["experiment"]}">{result["experiment"]}</a>'
+    for name, result in results.items():
+        for claim in result.claims:
+            values = dict(claim.controls)
+            if claim.gauges is not None:
+                values = {f"{claim.n_gauges} {PLURAL[claim.gauge]} (range)": claim.gauges} | values
+            controls = "<br>".join(f"{escape(k)}: {number(v)}" for k, v in values.items())
+            published = f"<br><small>published: {escape(claim.published)}</small>" if claim.published else ""
+            link = f'<a href="#{name}">{name}</a>'
             cells = [
-                ("", f"{link}<br><small>{claim['kind']}</small><br>{badge(claim['verdict'])}"),
-                ("", escape(claim["claim"]) + published),
-                (" class=n", number(claim["measured"])),
+                ("", f"{link}<br><small>{claim.kind}</small><br>{badge(claim.verdict)}"),
+                ("", escape(claim.claim) + published),
+                (" class=n", number(claim.measured)),
                 (" class=n", controls),
             ]
             rows.append("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in cells) + "</tr>")
@@ -76,64 +159,141 @@ def summary(results):
     return f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
 
 
-def section(result, folder):
-    """One experiment: what it asks, its verdicts with reasons, figures, examples."""
-    name = result["experiment"]
-    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    question, *_ = (ast.get_docstring(ast.parse(source)) or name).split("\n\n")
-    parts = [f'<h2 id="{name}">{escape(name.replace("_", " "))}</h2>', f"<p>{escape(question)}</p>", "<ul>"]
-    for claim in result["claims"]:
+def command(text):
+    return f"<code>{escape(text)}</code>"
+
+
+def picture(figure, folder, again):
+    """A figure as HTML with the picture inside; if its file is missing, the command that makes it."""
+    path = folder / figure.file
+    if not path.exists():
+        return f"<p class=mark>The figure {escape(figure.file)} is missing. Run {command(again)}</p>"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+
+
+def section(result, folder, place):
+    """One experiment: what it asks, its verdicts with reasons, figures, examples, its method.
+
+    `folder` holds its figures; `place` is the run on the command line. A look shows no verdicts.
+    """
+    name = result.experiment
+    again = f"python experiments/{name}.py --run={place} {spell(result.options)}".rstrip()
+    title, anchor = name.replace("_", " "), name
+    if result.options:
+        title, anchor = f"{title}, a look: {spell(result.options)}", f"look-{name}"
+    question, paragraphs = method(name)
+    parts = [f'<h2 id="{anchor}">{escape(title)}</h2>', f"<p>{escape(question)}</p>"]
+    if is_old(result):
+        parts.append(f"<p class=mark>Made by an earlier version of the code. Run {command(again)}</p>")
+    parts.append("<ul>")
+    for claim in result.claims:
+        verdict = "" if result.options else badge(claim.verdict)
         parts.append(
-            f"<li>{badge(claim['verdict'])} {escape(claim['claim'])}<br><small>{escape(claim['reason'])}; "
-            f"n = {claim['n']} {escape(claim['unit'])}</small></li>"
+            f"<li>{verdict} {escape(claim.claim)}<br><small>{escape(claim.reason)}; "
+            f"n = {claim.n} {escape(claim.unit)}</small></li>"
         )
     parts.append("</ul>")
-    for figure in result["figures"]:
-        data = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
-        parts.append(f'<img alt="{escape(figure["title"])}" src="data:image/png;base64,{data}">')
-    parts += [f"<p>{escape(note)}</p>" for note in result["notes"]]
-    if result["gallery"]:
-        parts.append(f"<pre>{escape(result['gallery'])}</pre>")
-    docs = escape(ast.get_docstring(ast.parse(source)) or "")
-    parts.append(f"<details><summary>Claims, method, cost</summary><pre>{docs}</pre></details>")
+    parts += [picture(figure, folder, again) for figure in result.figures]
+    parts += [f"<p>{escape(note)}</p>" for note in result.notes]
+    if result.gallery:
+        parts.append(f"<pre>{escape(result.gallery)}</pre>")
+    _, cost = method(name, "Cost")
+    texts = [*paragraphs, *(f"Cost: {text}" for text in cost)]
+    details = "".join(f"<p>{escape(text)}</p>" for text in texts)
+    parts.append(f"<details><summary>Method, cost</summary>{details}</details>")
     return "\n".join(parts)
 
 
-def page(results, missing, folder):
-    """The whole page as text. `results` belong to one run."""
-    run, losses = results[0]["run"], {}
-    for result in results:
-        losses |= {k: v for k, v in result["val_loss"].items() if v is not None}
-    verdicts = [claim["verdict"] for result in results for claim in result["claims"]]
+def notices(record, left_out, place):
+    """What is missing, left out or old, each with the command that changes it."""
+    parts = []
+    seeds = {result.seed for result in record.values()} - {0}
+    run_all = f"python experiments/run_all.py --run={place}" + "".join(f" --seed={seed}" for seed in seeds)
+    missing = [name for name in NAMES if name not in record and name not in left_out]
+    if missing:
+        again = command(f"{run_all} --only={','.join(missing)}")
+        parts.append(f"<p>Not run or failed: {', '.join(missing)}. Run {again}</p>")
+    if left_out:
+        again = command(f"{run_all} --only={','.join(left_out)}")
+        reasons = "".join(f"<li>{name}: {escape(reason)}</li>" for name, reason in left_out.items())
+        parts.append(
+            f"<div class=mark>Left out, since they do not belong here:<ul>{reasons}</ul>Run {again}</div>"
+        )
+    old = [name for name, result in record.items() if is_old(result)]
+    if old:
+        again = command(f"{run_all} --only={','.join(old)}")
+        parts.append(
+            f"<p class=mark>Made by an earlier version of the code: {', '.join(old)}. Run {again}</p>"
+        )
+    return "".join(parts)
+
+
+def look_part(looks, left_out, folder, place):
+    """The part of the page for looks: those of these weights, and why others are left out."""
+    if not looks and not left_out:
+        return ""
+    reasons = "".join(f"<li>{name}: {escape(reason)}</li>" for name, reason in left_out.items())
+    return (
+        "<h1>Looks</h1><p>Results with options of one's own: examples, not part of the record.</p>"
+        + (f"<div class=mark>Left out:<ul>{reasons}</ul></div>" if reasons else "")
+        + "\n".join(section(look, folder / name, place) for name, look in looks.items())
+    )
+
+
+def page(ckpt, record, left_out, looks, looks_left_out):
+    """The whole page of a Checkpoint as text. record and looks {name: Result}, left out {name: reason}."""
+    place = place_of(ckpt)
+    losses = {}
+    for result in record.values():
+        losses |= {model: loss for model, loss in result.val_loss.items() if loss is not None}
+    verdicts = [claim.verdict for result in record.values() for claim in result.claims]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "not supported", "inconclusive"))
-    lost = f"<p>Not run or failed: {', '.join(missing)}.</p>" if missing else ""
+    sections = "".join(section(result, ckpt.results / name, place) for name, result in record.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(run["name"])}: experiments</title><style>{STYLE}</style></head><body>
-<h1>{escape(run["name"])}, step {run["step"]:,}: what survives its controls</h1>
+<title>{escape(ckpt.name)}: experiments</title><style>{STYLE}</style></head><body>
+<h1>{escape(ckpt.name)}, step {ckpt.step:,}: what survives its controls</h1>
 <p>Validation loss, nats per token: {", ".join(f"{k} {v:.3f}" for k, v in losses.items())}.
 {len(verdicts)} claims: {counts}.</p>
 <p>An <b>effect</b> claim is supported if the 95 % bootstrap interval of its gain over every chance control
 lies above zero; a <b>signals</b> claim if the learned dictionary beats at least 19 random rotations of
 itself, which are the same function, and every rival (PCA, ICA, ...). Not supported means that these data do
 not show it.</p>
-{lost}{summary(results)}
-{"".join(section(result, folder / result["experiment"]) for result in results)}
+{notices(record, left_out, place)}{summary(record)}
+{sections}
+{look_part(looks, looks_left_out, ckpt.results / LOOKS, place)}
 </body></html>
 """
 
 
+def place_of(ckpt):
+    """A Checkpoint as --run takes it."""
+    return checkpoint.shortest(ckpt.path if ckpt.named else ckpt.run)
+
+
 def main():
     (c,) = configurator.parse(ReportConfig)
-    folder = results_folder(c.run, checkpoint.find(c.run) if c.run else newest_with_signals())
-    found = [name for name in NAMES if (folder / name / "result.json").exists()]
-    if not found:
-        raise UserError(f"no results in {folder}: run python experiments/run_all.py")
-    results = [json.loads((folder / n / "result.json").read_text(encoding="utf-8")) for n in found]
-    path = folder / "report.html"
-    write_atomically(path, page(results, [n for n in NAMES if n not in found], folder))
-    print(f"{path}: {len(found)} experiments, {path.stat().st_size / 1e6:.1f} MB")
+    ckpt = open_newest(c.run)
+    results, unreadable = read_results(ckpt.results)
+    record, left_out = sort_results(results, ckpt)
+    left_out |= unreadable
+    looks, looks_left_out = read_results(ckpt.results / LOOKS)
+    for name in list(looks):
+        fault = weights_fault(looks[name], ckpt)
+        if fault:
+            looks_left_out[name] = fault
+            del looks[name]
+    if not record and not looks:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in list(left_out.items())[:1])
+        again = f"run python experiments/run_all.py --run={place_of(ckpt)}"
+        raise UserError(f"no results of this run in {ckpt.results}{reasons}: {again}")
+    path = ckpt.results / "report.html"
+    write_atomically(path, page(ckpt, record, left_out, looks, looks_left_out))
+    print(f"{path}: {len(record)} experiments, {path.stat().st_size / 1e6:.1f} MB")
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,47 @@
 """
-All twelve experiments on one run.
+All twelve experiments on one run, or on several.
 
     python experiments/run_all.py                                  the newest run with signals
     python experiments/run_all.py --run=out/reflow-1 --only=ablate_signal,signal_lens
+    python experiments/run_all.py --run=out/reflow-1,out/reflow-2  one after the other
 
-An experiment whose result is newer than the code and was made from the same checkpoints is skipped. A failure
-stops nothing: it is shown, and the exit status is 1. `python experiments/report.py` then makes a page of it.
+An experiment is skipped if the run holds its result, made by this very code from these very weights, baseline
+and seed. A failure stops nothing: it is shown, and the exit status is 1. `python experiments/report.py` then
+makes a page of the results.
 """
 
+import importlib
 import sys
-from dataclasses import dataclass
+import time
+import traceback
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import importlib
-import json
-import time
-import traceback
-from difflib import get_close_matches
 
 from tqdm import tqdm
 
 import configurator
-from experiments import lab
+from configurator import UserError
+from experiments.lab import Lab, LabConfig
+from experiments.lab.lab import open_newest
+from experiments.lab.report import code_sha256, save_and_print
+from experiments.lab.results import read_result
 
 NAMES = (
-    *("nearest_neighbors", "semantic_clusters", "semantic_algebra", "sparsity_profile", "basis_geometry"),
-    *("signal_codebook", "ablate_signal", "signal_lens", "emotion_surgery", "concept_inception"),
-    *("gene_tampering", "crystallization"),
+    "nearest_neighbors",
+    "semantic_clusters",
+    "semantic_algebra",
+    "sparsity_profile",
+    "basis_geometry",
+    "signal_codebook",
+    "ablate_signal",
+    "signal_lens",
+    "emotion_surgery",
+    "concept_inception",
+    "gene_tampering",
+    "crystallization",
 )
 
 
@@ -37,48 +51,79 @@ class RunAllConfig:
     again: bool = False  # also those that are up to date
 
 
-def up_to_date(laboratory, name):
-    """Whether the run holds this experiment's result for these very checkpoints, seed and code."""
-    path = laboratory.results / name / "result.json"
-    if not path.exists():
-        return False
-    code = [
-        Path(__file__).with_name(f"{name}.py"),
-        Path(lab.__file__),
-        Path(lab.__file__).parents[1] / "model.py",
-    ]
-    if any(file.stat().st_mtime > path.stat().st_mtime for file in code):
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found.get("options") == {} and laboratory.identity().items() <= found.items()
+def split(text):
+    """The parts of a text that commas separate."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def main():
-    config, c = configurator.parse(lab.LabConfig, RunAllConfig)
-    names = [name.strip() for name in c.only.split(",") if name.strip()] or NAMES
+def chosen(only):
+    """The names that --only means, all for an empty one. Raises UserError."""
+    names = split(only) or NAMES
     for name in names:
         if name not in NAMES:
             nearest = get_close_matches(name, NAMES, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"one of {', '.join(NAMES)}"
-            raise lab.UserError(f"--only={name}: no such experiment: {hint}")
+            raise UserError(f"--only={name}: no such experiment: {hint}")
+    return names
 
-    laboratory, start, failed = lab.Lab(config), time.perf_counter(), []
+
+def up_to_date(lab, name):
+    """Whether the run holds this experiment's result for these very weights, baseline, seed and code."""
+    path = lab.results / name / "result.json"
+    try:
+        result = read_result(path)
+    except UserError:  # none, or one of an earlier version
+        return False
+    same = [getattr(result, field) == value for field, value in lab.identity().items()]
+    return all(same) and not result.options and result.code_sha256 == code_sha256(name)
+
+
+def run_one(lab, name, again):
+    """Run an experiment and save its result, unless that is up to date."""
+    if not again and up_to_date(lab, name):
+        tqdm.write(f"{name}: up to date")
+        return
+    print("-" * 100, flush=True)
+    experiment = importlib.import_module(f"experiments.{name}")
+    save_and_print(experiment.run(lab))
+
+
+def run_many(config, names, again):
+    """Run experiments on the run of a LabConfig; the names of those that failed, each shown."""
+    try:
+        lab = Lab(config)
+    except UserError as error:
+        print(f"{config.run}: {error}", file=sys.stderr)
+        return names
+    failed = []
+    print(f"{lab.checkpoint.name}, step {lab.checkpoint.step}", flush=True)
     for name in tqdm(names, unit="experiment", disable=not sys.stderr.isatty()):
-        if not c.again and up_to_date(laboratory, name):
-            tqdm.write(f"{name}: up to date")
-            continue
         try:
-            importlib.import_module(f"experiments.{name}").run(laboratory).save()
+            run_one(lab, name, again)
         except Exception as error:
-            failed.append(name)
-            if not isinstance(error, lab.UserError):
+            if not isinstance(error, UserError):
                 traceback.print_exc()
             print(f"{name} failed: {error}", file=sys.stderr)
-        print("\n" + "-" * 100, flush=True)
-    done = len(names) - len(failed)
-    print(f"{done} of {len(names)} experiments in {time.perf_counter() - start:.0f} s")
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+            failed.append(name)
+    return failed
+
+
+def main():
+    config, own = configurator.parse(LabConfig, RunAllConfig)
+    names = chosen(own.only)
+    runs = split(config.run or "") or [None]
+    for run in runs:
+        open_newest(run)  # a mistyped run is news before hours of work
+    start = time.perf_counter()
+    failed = {run: run_many(replace(config, run=run), names, own.again) for run in runs}
+    n_all = len(runs) * len(names)
+    n_failed = sum(map(len, failed.values()))
+    print("-" * 100)
+    print(f"{n_all - n_failed} of {n_all} experiments in {time.perf_counter() - start:.0f} s")
+    for run, lost in failed.items():
+        if lost:
+            print(f"failed: {', '.join(lost)}" + (f" ({run})" if run else ""), file=sys.stderr)
+    if n_failed:
         sys.exit(1)
 
 

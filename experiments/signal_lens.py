@@ -2,262 +2,232 @@
 Signals and predictions at every layer: what is there when, and which block wrote it?
 
     python experiments/signal_lens.py --run=out/reflow-nano
+    python experiments/signal_lens.py --run=out/reflow-nano --baseline=out/gpt2-new-nano
 
-Claims
-  effect   the first half of the blocks brings the prediction nearer: it turns the logit lens' top token into
-           the final one in more contexts than before training, and than into another context's.
-  signals  the signals that carry the final top token are there at half depth: of the ten with the largest
-           contribution to its logit, more are among the ten largest there than with the signals of random
-           rotations, PCA and ICA.
-  signals  one block writes a signal: the largest share of one block in all that is written to a signal is
-           larger than for the signals of random rotations, PCA and ICA.
+Method
+    Signal lens: A_l = norm(resid_l) @ atoms.T are the signals at layer l. A_l @ codes.T is the logit lens
+    (nostalgebraist, 2020). Agreement: its top token is the final top token. An untrained model hardly
+    changes its stream, so that all its layers agree; what counts is therefore the agreement gained over
+    that of the embedding. Overlap: of the ten signals that raise the final top token's logit most in the
+    end, the share that is among the ten that raise it most at layer l.
 
-Method. Signal lens: A_l = norm(resid_l) @ atoms^T; logits_l = A_l @ codes^T is the logit lens of
-nostalgebraist (2020). Agreement: the final layer's top token; KL(final || lens) in float64. An untrained
-model passes its input through, so that all its layers agree: agreement is counted as gained over the
-embedding's. Direct attribution: the stream is a sum of the embedding and the outputs of attention and MLP
-blocks; with the final norm's scale frozen, so are the signals, exactly, and, times the recipes, the logits.
-Who writes a signal: cov(part, whole) / var(whole) over contexts, which sums to 1 over the blocks.
+    Direct attribution: the stream is the sum of the embedding and the outputs of all attention and MLP
+    blocks. With the scale of the final norm frozen, every signal is the same sum, exactly, and so is every
+    logit. Who writes a signal: cov(part, sum) / var(sum) over contexts, which adds up to 1 over the parts.
 
-Unit: a held-out window, at its last token. Half depth is after n_layer // 2 blocks, k = 10, fixed beforehand.
+    Unit: a held-out window of 32 tokens, at its last token. Half depth is after n_layer // 2 blocks.
+    Controls of the agreement: the untrained model, and the final top token of another context.
 
-Cost: one forward pass of 128 windows of 32 tokens for each model, and n_layer + 1 times their last logits.
+Cost
+    One forward pass of 128 windows of 32 tokens for each model, and the logits of n_layer + 1 layers at
+    their last tokens.
 """
 
 import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contextlib import ExitStack
-
 import numpy as np
 import torch
 
-from experiments import lab
+import hooks
+from data.words import token_text
+from experiments.lab import Lab, Report, Scores, run_experiment
+from experiments.lab.claims import to_numpy
+from experiments.lab.plots import plot_band, plot_curves, plot_heat_map
 
-WINDOWS, LENGTH = 128, 32
-TOP = 10
+CLAIMS = {
+    "lens_half": "the first half of the blocks brings the logit lens to the final top token",
+    "overlap_half": "more of the ten signals that carry the final top token are there at half depth",
+    "one_writer": "one block writes a signal: the largest share of one block in what is written is larger",
+}
+N_WINDOWS, LENGTH = 128, 32
+TOP = 10  # signals
 
 
 @torch.no_grad()
-def written(net, idx):
-    """What the embedding and every attention and MLP block add to the stream at the last token, (n, C, d)."""
-    modules = [net.vocab, *(m for block in net.blocks for m in (block.attn, block.mlp))]
+def decompose_resid(net, idx):
+    """What the embedding and each attention and MLP block add to the stream at the last token, (n, C, d)."""
     parts = []
     with ExitStack() as stack:
-        for module in modules[1:]:
-            handle = module.register_forward_hook(lambda m, args, out: parts.append(out[:, -1]))
-            stack.callback(handle.remove)
+        for block in net.blocks:
+            for module in (block.attn, block.mlp):
+                handle = module.register_forward_hook(lambda _, args, out: parts.append(out[:, -1]))
+                stack.callback(handle.remove)
         net.encode(idx)
     return torch.stack([net.vocab.embed(idx[:, -1]), *parts], dim=1)
 
 
-def names_of(net):
-    """The names of what `written` returns."""
+def part_names(net):
+    """The names of the parts that `decompose_resid` returns."""
     return ["embed", *(f"{kind} {i}" for i in range(len(net.blocks)) for kind in ("attn", "mlp"))]
 
 
-def frozen_norm(net, parts):
-    """The final norm of the sum of parts (n, C, d), applied to each with the sum's own scale, (n, C, d)."""
-    scale = parts.sum(1, keepdim=True).pow(2).mean(-1, keepdim=True).add(net.norm.eps).rsqrt()
-    return parts * scale * net.norm.weight.to(parts)
+def attribute(net, parts, d):
+    """Contribution of each part (n, C, d) to each final signal, (n, C, S); the sum over parts is exact."""
+    mean_square = parts.sum(1, keepdim=True).pow(2).mean(-1, keepdim=True)  # (n, 1, 1)
+    scale = (mean_square + net.norm.eps).rsqrt()  # of the whole stream, the same for every part
+    return (parts * scale * net.norm.weight.to(parts)) @ d.atoms.to(parts).T
 
 
-def attribution(net, parts, dictionary):
-    """Contribution of every part (n, C, d) to every signal (n, C, S); they sum to the final signals."""
-    return frozen_norm(net, parts) @ dictionary.atoms.to(parts).T
-
-
-def streams_of(parts):
-    """Streams before the first block, after it, ..., after the last: (n, n_layer + 1, d)."""
-    return parts.cumsum(1)[:, ::2]
-
-
-def lens(net, streams):
-    """Logit lens of streams (n, L, d): top tokens (n, L), and KL(last || each) in nats, float64 (n, L)."""
-    final = lab.log_p(net, net.norm(streams[:, -1]))  # (n, V)
-    top, kl = [], []
-    for layer in range(streams.size(1)):  # one layer's logits at a time
-        logits = lab.read_out(net, streams[:, layer])
-        top.append(logits.argmax(-1))
-        kl.append(lab.kl(final, logits.double().log_softmax(-1)))
-    return torch.stack(top, 1), torch.stack(kl, 1)
-
-
-def overlap(net, streams, tokens, dictionary, k):
-    """Share of the k signals that most raise `tokens` (n,) finally which do so at each layer, (n, L)."""
-    signals = net.norm(streams) @ dictionary.atoms.T  # (n, L, S)
-    raises = signals * dictionary.codes[tokens][:, None]
-    chosen = torch.zeros_like(raises).scatter(2, raises.topk(min(k, raises.size(2)), dim=2).indices, 1.0)
+def overlap(net, resid, token, d, k=TOP):
+    """Share of the k signals that raise `token` (n,) most at the end that do so at each layer, (n, L)."""
+    raises = d.activations(net.norm(resid)) * d.codes[token][:, None]  # (n, L, S)
+    largest = raises.topk(min(k, d.n_signals), dim=2).indices
+    chosen = torch.zeros_like(raises).scatter(2, largest, 1.0)
     return (chosen * chosen[:, -1:]).sum(2) / chosen[:, -1:].sum(2)
 
 
 def largest_share(contributions):
-    """Mean over signals of the largest part's share of all parts' sizes: (n, C, S) -> (n,)."""
+    """Share of the largest part in the sizes of all parts, mean over signals: (n, C, S) -> (n,)."""
     sizes = contributions.abs()
     return (sizes.amax(1) / sizes.sum(1).clamp(min=1e-30)).mean(1)
 
 
-def writers(contributions):
-    """cov(part, whole) / var(whole) over contexts, of every signal: (n, C, S) -> (C, S), columns sum to 1."""
+def variance_shares(contributions):
+    """cov(part, sum) / var(sum) over contexts, for every signal: (n, C, S) -> (C, S), columns add up to 1."""
     centred = contributions - contributions.mean(0)
     whole = centred.sum(1)  # (n, S)
     return torch.einsum("ncs,ns->cs", centred, whole) / whole.pow(2).sum(0).clamp(min=1e-30)
 
 
+@dataclass
+class Depth:
+    """One model at every layer, at the last token of n contexts."""
+
+    parts: torch.Tensor  # (n, C, d), what each block adds
+    resid: torch.Tensor  # (n, n_layer + 1, d), streams before the first block, after it, ..., after the last
+    top: torch.Tensor  # (n, n_layer + 1), top tokens of the logit lens
+    kl: np.ndarray  # (n, n_layer + 1), KL(final || lens), nats
+
+    def agreement(self, token):
+        """Whether the lens' top token is `token` (n,), at every layer, (n, n_layer + 1)."""
+        return to_numpy(self.top == token[:, None])
+
+
+def read_depth(net, idx):
+    """The Depth of a model for contexts idx (n, T)."""
+    parts = decompose_resid(net, idx)
+    resid = parts.cumsum(1)[:, ::2]  # a block adds two parts
+    top, kl = hooks.lens_by_layer(net, resid)
+    return Depth(parts, resid, top, to_numpy(kl))
+
+
+def measure(net, depth, d):
+    """In one dictionary: the overlap at every layer (n, L), and the largest writer's share (n,)."""
+    return {
+        "overlap": overlap(net, depth.resid, depth.top[:, -1], d),
+        "share": largest_share(attribute(net, depth.parts, d)),
+    }
+
+
 @torch.no_grad()
-def run(laboratory):
-    report = lab.Report(laboratory, "signal_lens")
-    subject = laboratory.reflow
-    length = min(LENGTH, subject.net.config.block_size)
-    x, _ = laboratory.heldout(WINDOWS, length)
-    n_layer = subject.net.config.n_layer
-    half, other = n_layer // 2, torch.arange(1, len(x) + 1) % len(x)
+def run(lab: Lab, config=None) -> Report:
+    report = Report(lab, "signal_lens", CLAIMS)
+    net, native = lab.model.net, lab.model.dictionary
+    x, _ = lab.heldout(N_WINDOWS, min(LENGTH, net.config.block_size))
+    layers = range(len(net.blocks) + 1)
+    half = len(net.blocks) // 2
 
-    seen, agreement, gained, curves = {}, {}, {}, {}
-    for s in laboratory.subjects:
-        parts = written(s.net, x)
-        streams = streams_of(parts)
-        top, kl = lens(s.net, streams)
-        same = lab.array(top == top[:, -1:])  # (n, L)
-        gained[s.name] = same[:, half] - same[:, 0]
-        curves[s.name], agreement[s.name] = lab.array(kl), same
-        seen[s.name] = parts, streams, top
-        for layer in range(n_layer + 1):
-            report.row("agreement with the final top token", same[:, layer].mean(), model=s.name, layer=layer)
-            report.row("KL(final || lens)", curves[s.name][:, layer].mean(), model=s.name, layer=layer)
+    # The logit lens of every model.
+    depths = {subject.name: read_depth(subject.net, x) for subject in lab.subjects}
+    own = depths["reflow"]
+    token = own.top[:, -1]  # (n,), the final top token of each context
+    agreement = {name: depth.agreement(depth.top[:, -1]) for name, depth in depths.items()}
+    agreed = Scores({"native": agreement["reflow"], "step 0": agreement["step 0"]})
+    agreed["another context"] = own.agreement(token.roll(-1))
+    report.effect("lens_half", agreed.map(lambda v: v[:, half] - v[:, 0]), "contexts")
+    for name, depth in depths.items():
+        for layer in layers:
+            where = {"model": name, "layer": layer}
+            report.row("agreement with the final top token", agreement[name][:, layer].mean(), **where)
+            report.row("KL(final || lens)", depth.kl[:, layer].mean(), **where)
 
-    parts, streams, tops = seen["reflow"]
-    tokens, own_parts = tops[:, -1], parts.double()
-    shuffled = lab.array(tops == tokens[other, None])
-    gained["another context"] = shuffled[:, half] - shuffled[:, 0]
+    # Signals that carry the top token, and blocks that write signals, in every dictionary.
+    found = lab.compare(lambda d: measure(net, own, d))
+    if lab.baseline:
+        plain = measure(lab.baseline.net, depths["baseline"], lab.baseline.dictionary)
+        for metric, values in plain.items():
+            found[metric]["baseline"] = values
+    rivals = ("pca", "ica")
+    report.signals("overlap_half", found["overlap"].map(lambda v: v[:, half]), "contexts", rivals)
+    report.signals("one_writer", found["share"], "contexts", rivals)
+    for layer in layers:
+        at_layer = found["overlap"].map(lambda v, layer=layer: v[:, layer])
+        report.scores(f"overlap@{TOP} with the final signals", at_layer, layer=layer)
 
-    report.claim(
-        lab.effect(
-            f"the first {half} of {n_layer} blocks bring the logit lens to the final top token "
-            "(agreement gained, share of contexts)",
-            gained["reflow"],
-            {name: gained[name] for name in ("step 0", "another context")},
-            "contexts",
-        )
-    )
-
-    dictionaries = {"native": subject.dictionary, **laboratory.rivals(subject)}
-    dictionaries |= {f"rotated {i}": d for i, d in enumerate(laboratory.rotations(subject.dictionary))}
-    early, share = {}, {}
-    frozen = frozen_norm(subject.net, own_parts).float()  # (n, C, d), once for all dictionaries
-    for name, d in dictionaries.items():
-        early[name] = lab.array(overlap(subject.net, streams, tokens, d, TOP))  # (n, L)
-        share[name] = lab.array(largest_share(frozen @ d.atoms.T))
-    if laboratory.baseline:
-        base, (parts, plain, top) = laboratory.baseline, seen["baseline"]
-        early["baseline"] = lab.array(overlap(base.net, plain, top[:, -1], base.dictionary, TOP))
-        share["baseline"] = lab.array(largest_share(attribution(base.net, parts, base.dictionary)))
-    for name, values in early.items():
-        for layer in range(n_layer + 1):
-            report.row(f"overlap@{TOP} with final", values[:, layer].mean(), dictionary=name, layer=layer)
-        report.row("largest writer's share", share[name].mean(), dictionary=name)
-    spun = [name for name in dictionaries if name.startswith("rotated")]
-    for claim, values in (
-        (
-            f"the {TOP} signals that carry the final top token are there at half depth (overlap@{TOP})",
-            {name: v[:, half] for name, v in early.items()},
-        ),
-        ("one block writes a signal (share of the largest)", share),
-    ):
-        report.claim(
-            lab.signals(
-                claim,
-                values["native"],
-                [values[name] for name in spun],
-                {name: values[name] for name in ("pca", "ica")},
-                "contexts",
-            )
-        )
-
-    # Completeness, checked on the way: parts -> signals -> logit of the top token.
-    contributions = attribution(subject.net, own_parts, subject.dictionary)  # (n, C, S)
-    whole = contributions.sum(1)  # (n, S)
-    summed = (whole * subject.dictionary.codes[tokens].double()).sum(1)
-    logit = lab.read_out(subject.net, streams[:, -1]).gather(1, tokens[:, None])[:, 0].double()
-    by_writer = lab.array(writers(contributions))  # (C, S)
-    names = names_of(subject.net)
-    for s in range(by_writer.shape[1]):
-        for c, name in enumerate(names):
-            report.row("share of a signal's variance", by_writer[c, s], signal=s, control=name)
-    report.numbers = {
-        "agreement": {name: v.mean(0).tolist() for name, v in agreement.items()},
-        "kl": {name: v.mean(0).tolist() for name, v in curves.items()},
-        "overlap at half depth": {name: float(v[:, half].mean()) for name, v in early.items()},
-        "largest writer's share": {name: float(v.mean()) for name, v in share.items()},
-        "share of variance": dict(zip(names, by_writer.mean(1).tolist(), strict=True)),
-        "largest error of the sum": float((summed - logit).abs().max()),
+    # The sum over parts and signals is the logit of the top token, up to rounding.
+    contributions = attribute(net, own.parts.double(), native)  # (n, C, S)
+    summed = (contributions.sum(1) * native.codes[token].double()).sum(1)
+    logit = hooks.logit_lens(net, own.resid[:, -1]).gather(1, token[:, None])[:, 0]
+    error = float((summed - logit.double()).abs().max())
+    shares = to_numpy(variance_shares(contributions))  # (C, S)
+    names = part_names(net)
+    for part, row in zip(names, shares, strict=True):
+        for signal, share in enumerate(row):
+            report.row("share of a signal's variance", share, signal=signal, control=part)
+    report.numbers |= {
+        "agreement": {name: values.mean(0) for name, values in agreement.items()},
+        "kl": {name: depth.kl.mean(0) for name, depth in depths.items()},
+        "share of variance": dict(zip(names, shares.mean(1), strict=True)),
+        "largest error of the sum": error,
     }
     report.notes.append(
-        f"Attributions sum to the top token's logit within {report.numbers['largest error of the sum']:.1e}. "
-        f"With unrelated signals overlap@{TOP} would be {TOP}/S; PCA, ICA and a plain GPT may have another S."
+        f"Contributions sum to the top token's logit within {error:.1e}. With unrelated signals the overlap "
+        f"would be {TOP}/S, and PCA, ICA and a plain GPT may have another S."
     )
-    report.gallery = gallery(x, tops, contributions, subject.dictionary, names, by_writer)
-    figures(report, agreement, curves, early, by_writer, names, half)
+    report.gallery = gallery(x, own, contributions, native, names)
+
+    draw(report, depths, agreement, found["overlap"], shares, names)
     return report
 
 
-def gallery(x, tops, contributions, dictionary, names, by_writer):
-    """Eight contexts, evenly spaced and not chosen, as text; then the writers of signals 0 to 9."""
+def gallery(x, depth, contributions, d, names):
+    """Eight contexts, evenly spaced and not chosen, as text."""
     lines = ["logit lens, eight contexts, not chosen: top token after 0, 1, ... blocks; strongest signals"]
     for i in range(0, len(x), max(1, len(x) // 8)):
-        raises = contributions[i].sum(0) * dictionary.codes[tops[i, -1]].double()
-        strong = raises.argsort(descending=True)[:3].tolist()
-        by = [f"{s} ({raises[s]:+.1f}, {names[int(contributions[i, :, s].abs().argmax())]})" for s in strong]
-        lines.append(f"  ...{''.join(lab.show(t) for t in x[i, -8:])}")
-        lines.append(f"      {' -> '.join(lab.show(t) for t in tops[i])};  signals {', '.join(by)}")
-    lines.append("who writes signals 0 to 9, not chosen (share of variance, the largest three)")
-    for s in range(min(10, by_writer.shape[1])):
-        best = np.argsort(-by_writer[:, s])[:3]
-        lines.append(f"  {s:4d}  " + ", ".join(f"{names[c]} {by_writer[c, s]:.2f}" for c in best))
+        raises = contributions[i].sum(0) * d.codes[depth.top[i, -1]].double()  # (S,)
+        writer = contributions[i].abs().argmax(0)  # (S,)
+        strongest = raises.argsort(descending=True)[:3].tolist()
+        signals = [f"{s} ({raises[s]:+.1f}, {names[writer[s]]})" for s in strongest]
+        tops = " -> ".join(token_text(token) for token in depth.top[i])
+        lines.append(f"  ...{''.join(token_text(token) for token in x[i, -8:])}")
+        lines.append(f"      {tops};  signals {', '.join(signals)}")
     return "\n".join(lines)
 
 
-def figures(report, agreement, curves, early, by_writer, names, half):
-    plt = lab.pyplot()
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
-    for ax, values, label in (
-        (axes[0, 0], agreement, "share of contexts with the final top token"),
-        (axes[0, 1], curves, "KL(final || lens), nats"),
-    ):
-        for name, v in values.items():
-            lab.banded(ax, range(v.shape[1]), v, name, label=name)
-        ax.set(xlabel="blocks before the lens", ylabel=label)
-        ax.legend()
-    axes[0, 1].set_yscale("symlog", linthresh=0.01)
-    spun = np.array([v.mean(0) for name, v in early.items() if name.startswith("rotated")])
-    grid = range(spun.shape[1])
-    axes[1, 0].fill_between(
-        grid, spun.min(0), spun.max(0), color=lab.COLOURS["rotated"], alpha=0.5, label="19 rotations, range"
-    )
-    for name in ("native", "pca", "ica", "baseline"):
-        if name in early:
-            axes[1, 0].plot(early[name].mean(0), "o-", ms=3, color=lab.COLOURS[name], label=name)
-    axes[1, 0].set(xlabel="blocks before the lens", ylabel=f"overlap@{TOP} with the final signals")
-    axes[1, 0].legend()
-    shown = by_writer[:, :64]
-    limit = np.abs(shown).max()
-    image = axes[1, 1].imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes[1, 1].set(xlabel="signal (the first 64)", yticks=range(len(names)))
-    axes[1, 1].set_yticklabels(names, fontsize=7 if len(names) < 20 else 4)
-    axes[1, 1].grid(False)
-    fig.colorbar(image, ax=axes[1, 1], label="share of the signal's variance")
-    for ax in axes.flat[:3]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    numbers = report.numbers
+def draw(report, depths, agreement, overlaps, shares, names):
+    """Agreement, divergence and overlap by layer; the writers of the first 64 signals."""
+    layers = range(agreement["reflow"].shape[1])
+    half = layers[-1] // 2
+    claim = report["overlap_half"]
     title = (
         f"At half depth the lens has the final top token in {agreement['reflow'][:, half].mean():.0%} of "
-        f"contexts; of the {TOP} signals that carry it {numbers['overlap at half depth']['native']:.0%} "
-        f"are there, {spun[:, half].mean():.0%} for random rotations ({report.claims[1].verdict})"
+        f"contexts; of the {TOP} signals that carry it {claim.measured.value:.0%} are there, "
+        f"{claim.gauges.value:.0%} in random rotations ({claim.verdict})"
     )
-    report.figure(fig, "lens", title)
+    with report.figure("lens", title, 2, 2, size=(10, 6.6)) as ((left, right), (lower_left, lower_right)):
+        for name, depth in depths.items():
+            plot_band(left, layers, agreement[name], name, label=name)
+            plot_band(right, layers, depth.kl, name, label=name)
+        plot_curves(lower_left, layers, overlaps)
+        left.set(ylabel="contexts with the final top token")
+        right.set(ylabel="KL(final || lens), nats")
+        right.set_yscale("symlog", linthresh=0.01)
+        lower_left.set(ylabel=f"overlap@{TOP} with the final signals")
+        for ax in (left, right, lower_left):
+            ax.set(xlabel="blocks before the lens")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.legend()
+        shown = shares[:, :64]
+        labels = [s if s % 8 == 0 else "" for s in range(shown.shape[1])]
+        fontsize = 7 if len(names) < 20 else 4
+        plot_heat_map(lower_right, shown, labels, names, "share of the signal's variance", fontsize=fontsize)
+        lower_right.set(xlabel="signal")
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    run_experiment(run)

@@ -4,74 +4,98 @@ Build paper/paper.pdf from paper/results: draw the figures, set the text, write 
     make paper
     python paper/build.py
 
-Nothing is typed in: the text reads its numbers from the same files. `python paper/collect.py` refreshes them.
+No number is typed in: text, figures and blocks read claims by their keys. `python paper/collect.py` refreshes
+the results.
 """
 
+import ast
+import csv
+import hashlib
+import json
 import sys
+import textwrap
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import csv
-import hashlib
-import io
-import json
-import textwrap
-import time
 
 import numpy as np
 
 import bench
 import configurator
 from checkpoint import write_atomically
-from configurator import UserError
-from experiments.convergence import COLOURS as KINDS
-from experiments.lab import COLOURS, pyplot
+from configurator import UserError, read_docstring
+from experiments.lab import plots
+from experiments.lab.plots import COLOURS
+from experiments.lab.report import script
+from experiments.lab.results import read_result
 from experiments.run_all import NAMES
+from experiments.studies import STUDIES
 
 PAPER = Path(__file__).resolve().parent
-RESULTS, FIGURES = PAPER / "results", PAPER / "figures"
+RESULTS = PAPER / "results"
+FIGURES = PAPER / "figures"
+METHODS = PAPER / "methods.json"  # the appendix: what the scripts say of themselves
 README = PAPER.parent / "README.md"
 SUBJECT = json.loads((PAPER / "subject.json").read_text(encoding="utf-8"))  # which runs the paper is about
+PRINT = {"font.size": 7.5, "axes.labelsize": 7.5}  # of the figures
+SHOWN_SPEED = ("train", "sample")  # parts of bench.py in the README
 
 
 # ----------------------------------------------------------------------------------------------------
 # Results
 
 
-def read(file):
-    """The text of a file of paper/results. Raises UserError if it is missing."""
-    try:
-        return (RESULTS / file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no paper/results/{file}: python paper/collect.py makes it") from None
+def result_file(name):
+    """The path of a file of paper/results. Raises UserError if it is missing."""
+    path = RESULTS / name
+    if not path.exists():
+        raise UserError(f"no paper/results/{name}: python paper/collect.py makes it")
+    return path
 
 
 def load(name):
-    """A file of paper/results as JSON. UserError."""
-    return json.loads(read(f"{name}.json"))
+    """runs.json or bench.json. Raises UserError."""
+    return json.loads(result_file(f"{name}.json").read_text(encoding="utf-8"))
+
+
+def result(run, experiment):
+    """The Result of an experiment on a run, or of a study on the "studies" or "minis". Raises UserError."""
+    return read_result(result_file(f"{run}/{experiment}.json"))
+
+
+def rows(run, experiment, **where):
+    """The lines of a rows.csv that have these values, as dicts; layer, strength and value are numbers."""
+    found = []
+    with open(result_file(f"{run}/{experiment}.csv"), newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f):
+            for column in ("layer", "strength", "value"):
+                row[column] = float(row[column]) if row[column] else None
+            if all(row[column] == value for column, value in where.items()):
+                found.append(row)
+    return found
 
 
 def claims(run):
-    """(experiment, claim) of a run's twelve experiments."""
-    return [(name, c) for name in NAMES for c in load(f"{run}/{name}")["claims"]]
+    """{(experiment, key): Claim} of a run's twelve experiments."""
+    found = [claim for name in NAMES for claim in result(run, name).claims]
+    return {(claim.experiment, claim.key): claim for claim in found}
 
 
-def signals(run):
-    """The claims about a run's signals."""
-    return [c for _, c in claims(run) if c["kind"] == "signals"]
+def of_kind(kind, found):
+    """The claims of one kind."""
+    return [claim for claim in found if claim.kind == kind]
 
 
-def rows(name, **where):
-    """The lines of an experiment's rows as dicts, those that have these values; `value` as a number."""
-    table = csv.DictReader(io.StringIO(read(f"{name}.csv")))
-    found = [row for row in table if all(row[k] == str(v) for k, v in where.items())]
-    return [row | {"value": float(row["value"])} for row in found]
+def supported(found):
+    """Those of these claims that are supported."""
+    return [claim for claim in found if claim.verdict == "supported"]
 
 
-def by_layer(name, **where):
-    """(layers, values) of rows that have a layer."""
-    found = rows(name, **where)
-    return [int(r["layer"]) for r in found], [r["value"] for r in found]
+def tested(found):
+    """Those of these claims in which random rotations are a control. Skewed gauges test nothing."""
+    return [claim for claim in found if claim.gauge == "rotation"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -86,168 +110,206 @@ def fingerprint():
     return digest.hexdigest()
 
 
-def save(fig, name):
-    fig.set_layout_engine("constrained")
-    FIGURES.mkdir(exist_ok=True)
-    # No date and a fixed salt: the same results give the same bytes.
-    fig.savefig(FIGURES / f"{name}.svg", format="svg", metadata={"Date": None, "Source": fingerprint()})
-    pyplot().close(fig)
+@contextmanager
+def figure(name, rows=1, columns=1, size=(7, 2.6)):
+    """Yield axes to draw on; they become figures/<name>.svg."""
+    with plots.figure(rows, columns, size, style=PRINT) as (fig, axes):
+        yield axes
+        FIGURES.mkdir(exist_ok=True)
+        (FIGURES / f"{name}.svg").write_text(plots.to_svg(fig, source=fingerprint()), encoding="utf-8")
 
 
-def rivals(run):
+def squeezed(x):
+    """x, with distances beyond 3 from zero on a logarithmic scale."""
+    return x if abs(x) <= 3 else np.sign(x) * (3 + np.log10(abs(x) / 3))
+
+
+def draw_rivals(run):
     """Every claim about signals on one scale: native, PCA, ICA and others against 19 gauges."""
-    shown = signals(run)
-    fig, ax = pyplot().subplots(figsize=(7, 0.32 * len(shown) + 0.9))
+    shown = of_kind("signals", claims(run).values())
     marks = {"native": "D", "pca": "o", "ica": "o", "E": "s", "baseline": "s"}
-    for i, claim in enumerate(shown):
-        y, sign = len(shown) - i, -1 if claim["lower"] else 1
-        spread = next(v for k, v in claim["controls"].items() if k.endswith("(range)"))
-        middle, half = (spread["low"] + spread["high"]) / 2, (spread["high"] - spread["low"]) / 2
-        ax.plot([-1, 1], [y, y], color=COLOURS["rotated"], lw=7, alpha=0.45, solid_capstyle="butt", zorder=1)
-        points = {"native": claim["measured"]} | claim["controls"]
-        for name, value in points.items():
-            if name in marks and value["value"] is not None and half:
-                x = sign * (value["value"] - middle) / half
-                x = np.sign(x) * (abs(x) if abs(x) <= 3 else 3 + np.log10(abs(x) / 3))  # far ones move in
-                big = name == "native"
-                ax.scatter(x, y, 46 if big else 26, COLOURS[name], marker=marks[name], zorder=3 if big else 2)
-    labels = [textwrap.fill(c["claim"].partition(" (")[0], 62) for c in shown]
-    ax.set_yticks(range(len(shown), 0, -1), labels, fontsize=7)
-    ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
-    ax.axvline(1, color="#999999", lw=0.8, ls=":")
-    handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
-    handles.append(ax.plot([], [], color=COLOURS["rotated"], lw=7, alpha=0.45, label="random gauges")[0])
-    ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
-    save(fig, "rivals")
+    with figure("rivals", size=(7, 0.36 * len(shown) + 0.9)) as ax:
+        for i, claim in enumerate(shown):
+            y = len(shown) - i
+            sign = -1 if claim.lower else 1
+            middle = (claim.gauges.low + claim.gauges.high) / 2
+            half = (claim.gauges.high - claim.gauges.low) / 2
+            band = {"lw": 7, "alpha": 0.45, "solid_capstyle": "butt", "zorder": 1}
+            ax.plot([-1, 1], [y, y], color=COLOURS["gauges"], **band)
+            for name, estimate in ({"native": claim.measured} | claim.controls).items():
+                if name not in marks or estimate.value is None or not half:
+                    continue
+                x = squeezed(sign * (estimate.value - middle) / half)
+                size, zorder = (46, 3) if name == "native" else (26, 2)
+                ax.scatter(x, y, size, COLOURS[name], marker=marks[name], zorder=zorder)
+        labels = [textwrap.fill(claim.claim, 64) for claim in shown]
+        ax.set_yticks(range(len(shown), 0, -1), labels, fontsize=7)
+        ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
+        ax.axvline(1, color="#999999", lw=0.8, ls=":")
+        handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
+        handles += ax.plot([], [], color=COLOURS["gauges"], lw=7, alpha=0.45, label="random gauges")
+        ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
 
 
-def sparsity(run):
+def draw_sparsity(run):
     """The functional curve: loss added when only the k largest signals of each recipe are kept."""
-    fig, (left, right) = pyplot().subplots(1, 2, figsize=(7, 2.6))
-    name = f"{run}/sparsity_profile"
-    shown = ("native", "rotated", "pca", "ica")
-    for dictionary in shown:
-        found = [r for r in rows(name, dictionary=dictionary) if r["metric"].startswith("loss added, top ")]
-        k, loss = [int(r["metric"].rsplit(" ", 1)[1]) for r in found], [r["value"] for r in found]
-        left.plot(k, loss, "o-", ms=3, color=COLOURS[dictionary], label=dictionary)
-    for dictionary, active in load(name)["numbers"]["active"].items():
-        x, y = [float(t) for t in active], [100 * v for v in active.values()]
-        if dictionary == "gaussian":
-            right.plot(x, y, "k--", lw=1, label="Gaussian")
-        elif dictionary in shown:
-            right.plot(x, y, "o-", ms=3, color=COLOURS[dictionary])
-    left.set(xlabel="signals kept of each recipe", ylabel="loss added, nats per token", xscale="log")
-    left.set_xticks(k, [str(n) for n in k])
-    left.minorticks_off()
-    right.set(xlabel="threshold, root mean squares of the recipe", ylabel="signals above it, %", yscale="log")
-    right.set(ylim=(0.01, 150))
-    left.legend()
-    right.legend()
-    save(fig, "sparsity")
+    numbers = result(run, "sparsity_profile").numbers
+    dictionaries = ("native", "rotated", "pca", "ica")
+    with figure("sparsity", columns=2) as (left, right):
+        for name in dictionaries:
+            added = numbers["loss_added"][name]
+            kept = [int(k) for k in added]
+            left.plot(kept, list(added.values()), "o-", ms=3, color=COLOURS[name], label=name)
+        left.set(xlabel="signals kept of each recipe", ylabel="loss added, nats per token", xscale="log")
+        left.set_xticks(kept, [str(k) for k in kept])
+        left.minorticks_off()
+        left.legend()
+        for name in (*dictionaries, "gaussian"):
+            active = numbers["active"][name]
+            x = [float(threshold) for threshold in active]
+            y = [100 * share or np.nan for share in active.values()]  # the scale has no place for zero
+            if name == "gaussian":
+                right.plot(x, y, "k--", lw=1, label="Gaussian")
+            else:
+                right.plot(x, y, "o-", ms=3, color=COLOURS[name])
+        right.set(xlabel="threshold, root mean squares of the recipe", ylabel="signals above it, %")
+        right.set(yscale="log", ylim=(0.01, 150))
+        right.legend()
 
 
-def layers(run):
+def draw_layers(run):
     """Where things happen: the logit lens, recovery by patching, and injections, layer by layer."""
-    fig, (lens, patch, inject) = pyplot().subplots(1, 3, figsize=(7, 2.5))
-    for model in ("reflow", "baseline", "step 0"):
-        how = {"color": COLOURS[model], "ms": 3, "label": model}
-        lens.plot(*by_layer(f"{run}/signal_lens", model=model, metric="KL(final || lens)"), "o-", **how)
-        where = {"model": model, "metric": "recovery, last token"}
-        patch.plot(*by_layer(f"{run}/crystallization", control="short", **where), "o-", **how)
-        long = by_layer(f"{run}/crystallization", control="long", **where)
-        patch.plot(*long, "o:", **how | {"label": None})
-        where = {"model": model, "metric": "change of logit difference", "pos": "all"}
-        inject.plot(*by_layer(f"{run}/crystallization", control="1.0 norms", **where), "o-", **how)
-    lens.set(xlabel="layer", ylabel="KL(final || logit lens), nats", yscale="symlog")
-    patch.set(xlabel="layer", ylabel="recovery at the last token")
-    patch.axhline(0.5, color="#999999", lw=0.8, ls=":")
-    inject.set(xlabel="layer of the injection", ylabel="logit difference, change")
-    lens.legend(fontsize=7)
-    save(fig, "layers")
+
+    def by_layer(ax, experiment, dash="o-", label=None, **where):
+        found = rows(run, experiment, **where)
+        x = [row["layer"] for row in found]
+        y = [row["value"] for row in found]
+        ax.plot(x, y, dash, ms=3, color=COLOURS[where["model"]], label=label)
+
+    with figure("layers", columns=3, size=(7, 2.5)) as (lens, patch, inject):
+        for model in ("reflow", "baseline", "step 0"):
+            by_layer(lens, "signal_lens", label=model, model=model, metric="KL(final || lens)")
+            recovery = {"model": model, "metric": "recovery, last token"}
+            by_layer(patch, "crystallization", control="short", **recovery)
+            by_layer(patch, "crystallization", "o:", control="long", **recovery)
+            change = {"model": model, "metric": "change of logit difference", "pos": "all"}
+            by_layer(inject, "crystallization", dictionary="", strength=1.0, **change)
+        lens.set(xlabel="layer", ylabel="KL(final || logit lens), nats", yscale="symlog")
+        lens.legend(fontsize=7)
+        patch.set(xlabel="layer", ylabel="recovery at the last token")
+        patch.axhline(0.5, color="#999999", lw=0.8, ls=":")
+        inject.set(xlabel="layer of the injection", ylabel="change of logit difference, nats")
 
 
-def interventions(run):
+def draw_interventions(run):
     """Doses: the tilt of a sentiment direction by its strength; how many pairs an injection has forced."""
-    fig, (dose, force) = pyplot().subplots(1, 2, figsize=(7, 2.5))
     names = {"native": "reflow", "diffmean": "diffmean", "baseline": "baseline", "step 0": "step 0"}
     colours = COLOURS | {"diffmean": COLOURS["ica"]}
-    for dictionary, label in names.items():
-        found = rows(f"{run}/emotion_surgery", dictionary=dictionary, metric="tilt, nats")
-        points = sorted([(float(r["control"].split()[1]), r["value"]) for r in found] + [(0, 0)])
-        dose.plot(*zip(*points, strict=True), "o-", ms=3, color=colours[dictionary], label=label)
-    dose.set(xlabel="strength, residual norms", ylabel="tilt, nats")
-    layer = load(f"{run}/concept_inception")["numbers"]["layer"]
-    for model in ("reflow", "baseline", "step 0"):
-        found = rows(f"{run}/concept_inception", model=model, layer=layer, metric="alpha*")
-        alpha = np.sort([r["value"] for r in found])
-        x = np.append(alpha[np.isfinite(alpha)], 64)
-        share = np.append(np.arange(1, len(x)), len(x) - 1) / len(alpha)
-        force.step(x, share, where="post", color=COLOURS[model], label=model)
-    force.set(xlabel="dose, residual norms", ylabel="share of pairs forced", xscale="log", ylim=(0, 1.02))
-    dose.legend(fontsize=7)
-    force.legend(fontsize=7)
-    save(fig, "interventions")
+    layer = result(run, "concept_inception").numbers["layer"]
+    with figure("interventions", columns=2, size=(7, 2.5)) as (dose, force):
+        for dictionary, label in names.items():
+            found = rows(run, "emotion_surgery", dictionary=dictionary, metric="tilt, nats")
+            points = sorted([(row["strength"], row["value"]) for row in found] + [(0, 0)])
+            x, y = zip(*points, strict=True)
+            dose.plot(x, y, "o-", ms=3, color=colours[dictionary], label=label)
+        dose.set(xlabel="strength, residual norms", ylabel="tilt, nats")
+        dose.legend(fontsize=7)
+        for model in ("reflow", "baseline", "step 0"):
+            found = rows(run, "concept_inception", model=model, layer=layer, metric="alpha*")
+            alpha = np.sort([row["value"] for row in found])  # infinite where no dose forces the token
+            forced = alpha[np.isfinite(alpha)]
+            x = np.append(forced, 64)  # the largest dose
+            share = np.append(np.arange(1, len(forced) + 1), len(forced)) / len(alpha)
+            force.step(x, share, where="post", color=COLOURS[model], label=model)
+        force.set(xlabel="dose, residual norms", ylabel="share of pairs forced", xscale="log", ylim=(0, 1.02))
+        force.legend(fontsize=7)
 
 
-def curves(subject):
+def draw_curves():
     """Losses of the main runs by tokens, and the gap over the dense model in the study of many runs."""
     runs = load("runs")
-    fig, (left, right) = pyplot().subplots(1, 2, figsize=(7, 2.6))
-    for kind, name in subject["runs"].items():
-        if name in runs:
-            run = runs[name]
-            tokens = run["tokens"] / run["step"]
-            points = [(s * tokens / 1e6, v) for s, v in run["curve"] if s]
-            left.plot(*zip(*points, strict=True), color=KINDS[kind], label=kind)
-    left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
-    left.legend()
-    numbers = load("studies/convergence")["numbers"]
-    sizes = sorted({key.split()[1] for key in numbers}, key=lambda s: int(s.split("x")[1]))
-    for shift, kind in ((-0.08, "factored"), (0.08, "topk")):
-        for i, size in enumerate(sizes):
-            e = numbers[f"{kind} {size}"]["equal_depth"]
-            bars = None  # fewer than three seeds
-            if e["low"] is not None:
-                bars = [[100 * (e["value"] - e["low"])], [100 * (e["high"] - e["value"])]]
-            label = kind if i == 0 else None
-            right.errorbar(i + shift, 100 * e["value"], bars, fmt="o", color=KINDS[kind], label=label)
-    right.axhline(0, color="#999999", lw=0.8)
-    right.set_xticks(range(len(sizes)), sizes)
-    right.set(xlabel="layers x width", ylabel="loss above the dense model, %")
-    right.legend()
-    save(fig, "curves")
+    numbers = result("studies", "convergence").numbers
+    sizes = sorted({shape.split()[1] for shape in numbers}, key=lambda size: int(size.split("x")[1]))
+    with figure("curves", columns=2) as (left, right):
+        for kind, name in SUBJECT["runs"].items():
+            if name in runs:
+                run = runs[name]
+                tokens = run["tokens"] / run["step"]
+                x = [step * tokens / 1e6 for step, _ in run["curve"] if step]
+                y = [loss for step, loss in run["curve"] if step]
+                left.plot(x, y, color=COLOURS[kind], label=kind)
+        left.set(xlabel="million tokens", ylabel="validation loss, nats per token")
+        left.legend()
+        for shift, kind in ((-0.08, "factored"), (0.08, "topk")):
+            for i, size in enumerate(sizes):
+                gap = numbers[f"{kind} {size}"]["equal_depth"]
+                bars = None  # fewer than three seeds
+                if gap["low"] is not None:
+                    bars = [[100 * (gap["value"] - gap["low"])], [100 * (gap["high"] - gap["value"])]]
+                label = kind if i == 0 else None
+                right.errorbar(i + shift, 100 * gap["value"], bars, fmt="o", color=COLOURS[kind], label=label)
+        right.axhline(0, color="#999999", lw=0.8)
+        right.set_xticks(range(len(sizes)), sizes)
+        right.set(xlabel="layers x width", ylabel="loss above the dense model, %")
+        right.legend()
 
 
-def seeds():
+def draw_seeds():
     """How well signals of two seeds match, beside rotated ones, for every kind and shape with seeds."""
     shapes = {}
-    for name in ("studies/stability", "minis/stability"):
-        shapes |= load(name)["numbers"]["shapes"]
-    kinds, sizes = (list(dict.fromkeys(names)) for names in zip(*map(str.split, shapes), strict=True))
-    fig, axes = pyplot().subplots(1, 2, figsize=(3.5, 2.1))
-    for ax, part, title in zip(
-        axes, ("raw", "freed"), ("frequency left in", "beyond frequency"), strict=True
-    ):
-        for name, values in shapes.items():
-            kind, size = name.split()
-            x, spun = sizes.index(size) + 0.25 * (kinds.index(kind) - 1), values[part]["rotated"]
-            ax.plot([x - 0.1, x + 0.1], [np.mean(spun)] * 2, color=COLOURS["rotated"], lw=2)
-            ax.plot([x, x], [min(spun), max(spun)], color=COLOURS["rotated"], lw=2)
-            label = kind if size == sizes[0] else None
-            ax.scatter(x, values[part]["native"], 12, KINDS[kind], marker="D", zorder=3, label=label)
-        ax.set_xticks(range(len(sizes)), sizes, fontsize=6.5)
-        ax.set(title=title, ylim=(0, 1.08 * ax.get_ylim()[1]))
-    axes[0].set(ylabel="mean |correlation|")
-    axes[1].legend(fontsize=6.5, loc="lower left")
-    save(fig, "seeds")
+    for folder in ("studies", "minis"):
+        shapes |= result(folder, "stability").numbers["shapes"]
+    kinds = list(dict.fromkeys(shape.split()[0] for shape in shapes))
+    sizes = list(dict.fromkeys(shape.split()[1] for shape in shapes))
+    titles = {"raw": "frequency left in", "freed": "beyond frequency"}
+    with figure("seeds", columns=2, size=(3.5, 2.1)) as axes:
+        for ax, (part, title) in zip(axes, titles.items(), strict=True):
+            for shape, values in shapes.items():
+                kind, size = shape.split()
+                x = sizes.index(size) + 0.25 * (kinds.index(kind) - 1)
+                rotated = values[part]["rotated"]
+                ax.plot([x - 0.1, x + 0.1], [np.mean(rotated)] * 2, color=COLOURS["rotated"], lw=2)
+                ax.plot([x, x], [min(rotated), max(rotated)], color=COLOURS["rotated"], lw=2)
+                label = kind if size == sizes[0] else None
+                style = {"marker": "D", "zorder": 3, "label": label}
+                ax.scatter(x, values[part]["native"], 12, COLOURS[kind], **style)
+            ax.set_xticks(range(len(sizes)), sizes, fontsize=6.5)
+            ax.set(title=title, ylim=(0, 1.08 * ax.get_ylim()[1]))
+        axes[0].set(ylabel="mean |correlation|")
+        axes[1].legend(fontsize=6.5, loc="lower left")
 
 
 def draw():
     """All figures of the paper."""
-    plt = pyplot()
-    plt.rcParams.update({"svg.hashsalt": "reflow", "font.size": 7.5, "axes.labelsize": 7.5})
     run = SUBJECT["runs"]["factored"]
-    rivals(run), sparsity(run), layers(run), interventions(run), curves(SUBJECT), seeds()
+    draw_rivals(run)
+    draw_sparsity(run)
+    draw_layers(run)
+    draw_interventions(run)
+    draw_curves()
+    draw_seeds()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The appendix
+
+
+def methods():
+    """{"experiments" or "studies": {name: {"question", "method"}}}, from the docstrings of the scripts."""
+
+    groups = {"experiments": NAMES, "studies": STUDIES}
+    found = {group: {name: method_of(script(name)) for name in names} for group, names in groups.items()}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def method_of(path):
+    """{"question", "method"} of a script: the first line of its docstring, and its section `Method`."""
+    question, _, rest = read_docstring(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+    sections = {}
+    for paragraph in rest.split("\n\n"):
+        heading, _, text = paragraph.partition("\n")
+        sections[heading] = text
+    return {"question": " ".join(question.split()), "method": " ".join(sections.get("Method", rest).split())}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -255,109 +317,159 @@ def draw():
 
 
 def number(e):
-    return f"{e['value']:.3g} [{e['low']:.3g}, {e['high']:.3g}]"
+    """An Estimate as text, three digits."""
+    if e.value is None:
+        return "–"
+    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
 
 
-def supported(found):
-    """How many of these claims are supported."""
-    return sum(c["verdict"] == "supported" for c in found)
+def n_claims(found):
+    """How many claims, as text."""
+    return f"{len(found)} claim{'' if len(found) == 1 else 's'}"
 
 
-def tested(run):
-    """The claims about a run's signals in which random rotations are among the rivals."""
-    return [c for c in signals(run) if any(name.endswith("rotations (range)") for name in c["controls"])]
+def paragraph(*sentences):
+    """Sentences as a paragraph of lines that fit."""
+    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
 
 
-def privilege(run):
-    """How often a run's signals beat all rotations, beside the coordinates of the plain model's embedding."""
+def finding(run):
+    """What the experiments on a run found, in words that hold for whatever they found, as Markdown."""
+    found = claims(run).values()
+    effects = of_kind("effect", found)
+    signals = of_kind("signals", found)
+    special = supported(signals)
+    rotated = tested(signals)
+    beats = [claim for claim in rotated if claim.beats_gauges]
+    beaten = [claim for claim in beats if claim.verdict != "supported"]
+    sentences = [
+        f"**Of {len(found)} claims, {len(supported(found))} hold against their controls:"
+        f" {len(supported(effects))} of {len(effects)} that the model does something (effect claims), and"
+        f" {len(special)} of {len(signals)} that its learned signals are special (signals claims).**",
+        f"Random rotations of the signals are a control in {len(rotated)} of the {len(signals)}.",
+        f"The learned signals beat all rotations in {len(beats)} of these {len(rotated)}.",
+    ]
+    if beaten:
+        rivals = "PCA, ICA, the embedding itself or the plain GPT"
+        sentences.append(f"In {len(beaten)} of these {len(beats)} they do not clearly beat {rivals}.")
+    sentences += [f"Supported is: {claim.claim} (`{claim.experiment}`)." for claim in special]
+    return paragraph(*sentences)
+
+
+def of_plain(run):
+    """How the coordinates of the plain GPT's embedding do in the claims about signals, as Markdown."""
     plain = SUBJECT["coordinates"]
-    native, other = (sum(c["reason"].startswith("beats") for c in tested(r)) for r in (run, plain))
-    own = sum("E" in c["controls"] or "baseline" in c["controls"] for c in signals(plain))
-    return (
-        f"Random rotations are among the rivals in {len(tested(run))} claims of kind signals. The learned"
-        f" signals beat all 19 in {native} of these; the coordinates of the plain GPT's embedding, which has"
-        f" no factors (`{plain}`), in {other}, and all rivals in {supported(signals(plain))} ({own} it cannot"
-        " win, being among the rivals itself). Claims with a published counterpart:"
-    )
+    own = of_kind("signals", claims(run).values())
+    other = of_kind("signals", claims(plain).values())
+    n_own = sum(bool(claim.beats_gauges) for claim in tested(own))
+    n_other = sum(bool(claim.beats_gauges) for claim in tested(other))
+    is_rival = [claim for claim in other if "E" in claim.controls or "baseline" in claim.controls]
+    sentences = [
+        f"`{plain}` is a plain GPT whose embedding coordinates are taken for signals; it has no factors.",
+        f"Its coordinates beat all of their rotations in {n_other} of {n_claims(tested(other))}.",
+    ]
+    if n_other >= n_own:
+        sentences.append("So a basis can be privileged without a factored vocabulary.")
+    sentences += [
+        f"They beat every control in {len(supported(other))} of {n_claims(other)}.",
+        f"In {n_claims(is_rival)} this model is one of the controls, so it cannot win.",
+    ]
+    return paragraph(*sentences)
 
 
-def beside(run):
+def of_other_runs(run):
     """What the second seed and the run with hard sparsity say, as Markdown."""
-    hard, second = SUBJECT["runs"]["topk"], SUBJECT["second"]
-    pairs = list(zip(claims(run), claims(second), strict=True))
-    same = sum(a["verdict"] == b["verdict"] for (_, a), (_, b) in pairs)
-    held = [b for (_, a), (_, b) in pairs if a["verdict"] == "supported"]
-    effects = [c for _, c in claims(hard) if c["kind"] == "effect"]
-    return (
-        f"A second seed, `{second}`, has the same verdict in {same} of {len(pairs)} claims and supports"
-        f" {supported(held)} of the {len(held)} supported ones. Recipes held sparse in training, `{hard}`:"
-        f" {supported(effects)} of {len(effects)} and {supported(signals(hard))} of {len(signals(hard))},"
-        " most of the latter because few entries are all they have."
-    )
+    second_name = SUBJECT["second"]
+    hard_name = SUBJECT["runs"]["topk"]
+    found = claims(run)
+    second = claims(second_name)
+    both = [name for name in found if name in second]
+    same = [name for name in both if second[name].verdict == found[name].verdict]
+    held = [name for name in both if found[name].verdict == "supported"]
+    held_again = supported([second[name] for name in held])
+    hard = claims(hard_name).values()
+    effects = of_kind("effect", hard)
+    signals = of_kind("signals", hard)
+    special = supported(signals)
+    by_construction = [c for c in special if [c.experiment, c.key] in SUBJECT["favours_few_entries"]]
+    sentences = [
+        f"A second seed, `{second_name}`, has the same verdict in {len(same)} of {n_claims(both)}.",
+        f"It supports {len(held_again)} of the {len(held)} supported ones.",
+        f"`{hard_name}` was trained with hard top-k sparsity. It supports {len(supported(effects))} of"
+        f" {len(effects)} effect claims and {len(special)} of {len(signals)} signals claims.",
+    ]
+    if by_construction:
+        sentences.append(
+            f"Of these {len(special)}, {len(by_construction)} favour it by construction,"
+            " because its recipes have few nonzero entries."
+        )
+    return paragraph(*sentences)
 
 
-def section():
-    """The README's results: what was published, what was measured, what decided, as Markdown."""
-    run = SUBJECT["runs"]["factored"]
-    runs, found = load("runs"), claims(run)
-    effects = [c for _, c in found if c["kind"] == "effect"]
-    losses = ", ".join(
-        f"`{name}` {runs[name]['whole_val_loss']:.3f}" for name in SUBJECT["runs"].values() if name in runs
-    )
-    r = runs[run]
+def table(found):
+    """The claims with a published counterpart, as Markdown."""
     lines = [
-        f"`{run}`, {r['parameters']:,} parameters, {r['tokens'] / 1e6:.2f}M tokens of training.",
-        f"Validation loss, nats per token, one seed each: {losses}.",
-        f"Supported: {supported(effects)} of {len(effects)} claims of kind effect,"
-        f" {supported(signals(run))} of {len(signals(run))} of kind signals.",
-        beside(run),
-        privilege(run),
-        "",
         "| claim | published | measured, 95 % interval | decided by | verdict |",
         "|---|---|---|---|---|",
     ]
-    for name, c in found:
-        if c["published"]:
-            cells = (
-                f"`{name}`: {c['claim']}",
-                c["published"],
-                number(c["measured"]),
-                c["reason"],
-                c["verdict"],
-            )
+    for claim in found:
+        if claim.published:
+            sentence = f"`{claim.experiment}`: {claim.claim}"
+            cells = (sentence, claim.published, number(claim.measured), claim.reason, claim.verdict)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += [
-        "",
-        "All claims about signals on one scale: the learned signals (diamond) against 19 random changes of"
-        " them that leave the function as it is (band), and against PCA, ICA, E and the plain GPT:",
-        "",
-        "![Each claim about signals beside its rivals](paper/figures/rivals.svg)",
-        "",
-        "Keeping only the largest signals of each recipe, and how many are active at which threshold:",
-        "",
-        "![Loss added by truncation, and activation rates](paper/figures/sparsity.svg)",
-    ]
     return "\n".join(lines)
 
 
-def speed():
-    """The README's speed figures: what bench.py printed, as Markdown."""
-    found = load("bench")
-    c = found.pop("config")
-    shape = (
-        f"{c['config'].removeprefix('config/').removesuffix('.py')}, {c['batch_size']} x {c['length']} tokens"
+def results_block():
+    """The README's results: the finding in words, then claims with a published counterpart, one figure."""
+    run = SUBJECT["runs"]["factored"]
+    runs = load("runs")
+    names = [name for name in SUBJECT["runs"].values() if name in runs]
+    losses = ", ".join(f"`{name}` {runs[name]['whole_val_loss']:.3f}" for name in names)
+    model = paragraph(
+        f"These are results of `{run}`: {runs[run]['parameters']:,} parameters,"
+        f" {runs[run]['tokens'] / 1e6:.2f}M tokens of training.",
+        f"Validation losses in nats per token, one seed each: {losses}.",
     )
-    lines = [f"{shape}; medians (lowest to highest) of {c['rounds']} interleaved rounds", ""]
-    for part, numbers in found.items():
-        lines += [part, *(f"  {line}" for line in bench.show(part, numbers))]
+    parts = [
+        finding(run),
+        of_plain(run),
+        of_other_runs(run),
+        model,
+        "The claims with a published counterpart:",
+        table(claims(run).values()),
+        paragraph(
+            "All signals claims on one scale. The band is the range of random changes of the signals that"
+            " leave the model's function as it is. The diamond is the learned signals."
+        ),
+        "![Each claim about signals: learned signals against random changes, PCA, ICA, E and the plain GPT]"
+        "(paper/figures/rivals.svg)",
+    ]
+    return "\n\n".join(parts)
+
+
+def speed_block():
+    """The README's speed figures: rows that bench.py printed, as Markdown."""
+    found = load("bench")
+    c = found["config"]
+    name = c["config"].removeprefix("config/").removesuffix(".py")
+    lines = [
+        f"{name}, {c['batch_size']} x {c['length']} tokens;"
+        f" medians (lowest to highest) of {c['rounds']} interleaved rounds",
+        "",
+    ]
+    for part in SHOWN_SPEED:
+        lines.append(part)
+        lines += [f"  {line}" for line in bench.show(part, found[part])]
     return "\n".join(["```", *lines, "```"])
 
 
 def readme():
-    """The README with its two generated blocks as they should be."""
+    """The README with its two generated blocks as they should be. Raises UserError if it has no marks."""
     text = README.read_text(encoding="utf-8")
-    for name, block in (("results", section()), ("speed", speed())):
-        begin, end = f"<!-- {name}: written by paper/build.py -->", f"<!-- end of {name} -->"
+    for name, block in (("results", results_block()), ("speed", speed_block())):
+        begin = f"<!-- {name}: written by paper/build.py -->"
+        end = f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         _, mark, after = rest.partition(end)
         if not mark:
@@ -369,8 +481,9 @@ def readme():
 def main():
     configurator.parse()  # no settings: only --help
     start = time.perf_counter()
-    load("methods"), load("bench")  # for the text; the figures ask for the rest
+    load("bench")  # for the text; the figures ask for the rest
     draw()
+    write_atomically(METHODS, methods())
     try:
         import typst
     except ImportError:

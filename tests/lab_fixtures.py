@@ -9,15 +9,17 @@ import torch
 import checkpoint
 from data.shards import Writer
 from data.tokenizer import END_OF_TEXT, encode, encoding
-from experiments import lab
+from experiments.lab import Lab, LabConfig
+from experiments.lab.probes import probe
 from model import ModelConfig, ReFlow
 
 
 def words(n=None):
     """The first n words of the probe lists (None: all), every one a single token."""
-    probes = [lab.Lab.probe(None, name) for name in ("categories", "analogies", "sentiment")]
-    found = dict.fromkeys(re.findall(r"[A-Za-z]+", str([w["words"] for w in probes[0].values()])))
-    found |= dict.fromkeys(w for r in probes[1].values() for pair in r["pairs"] for w in pair)
+    lists = str([entry["words"] for entry in probe("categories").values()])
+    found = dict.fromkeys(re.findall(r"[A-Za-z]+", lists))
+    for relation in probe("analogies").values():
+        found |= dict.fromkeys(word for pair in relation["pairs"] for word in pair)
     return list(found)[:n]
 
 
@@ -61,9 +63,39 @@ def tiny(seed=0, **changes):
     return ReFlow(ModelConfig(**shape | {"recipe_init_std": 0.1} | changes))
 
 
+def silent(net):
+    """The same net with blocks that add nothing."""
+    for block in net.blocks:
+        torch.nn.init.zeros_(block.attn.o.weight)
+        torch.nn.init.zeros_(block.mlp.down.weight)
+    return net
+
+
+def loud(net, factor=5):
+    """The same net with larger weights in its blocks: an untrained one hardly changes its stream."""
+    for parameter in net.blocks.parameters():
+        parameter.data *= factor
+    return net
+
+
+def averaging(net, layer, value=None, gain=1.0):
+    """The same net; attention of block `layer` adds gain * value @ the mean of all normalised streams."""
+    attn = net.blocks[layer].attn
+    eye = torch.eye(net.config.n_embd)
+    torch.nn.init.zeros_(attn.q.weight)
+    attn.v.weight.data = eye if value is None else value
+    attn.o.weight.data = gain * eye
+    return net
+
+
+def ids(*shape, seed=0, low=0, high=1000):
+    """Random token ids of a shape."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def open_lab(run, baseline=None, seed=0):
     """The lab of a run on the CPU."""
-    return lab.Lab(lab.LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))
+    return Lab(LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))
 
 
 def token(word):

@@ -12,7 +12,7 @@ import checkpoint
 import export
 from configurator import UserError
 from data.shards import Dataset
-from experiments import lab, report, run_all
+from experiments import lab
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_run_blocks_is_the_models_own_forward_pass(room):
     with torch.no_grad():
         streams = lab.run_blocks(net, net.vocab.embed(x))
         assert torch.allclose(net.norm(streams[-1]), net.encode(x), atol=1e-6)
-        assert torch.equal(lab.run_blocks(net, streams[1], layer=1)[-1], streams[-1])
+        assert torch.equal(lab.run_blocks(net, streams[1], start=1)[-1], streams[-1])
 
 
 def test_token_losses_average_to_the_loss(room):
@@ -301,57 +301,3 @@ def test_signals_must_beat_rotations_and_rivals():
     assert lab.signals("", better, turned, {"pca": better + 0.5}, "words").verdict == "not supported"
     assert lab.signals("", -better, -turned, {}, "words", lower=True).verdict == "supported"
     assert lab.signals("", better, turned[:18], {}, "words").verdict == "inconclusive"
-
-
-# -- results
-
-
-def test_a_result_is_written_whole_and_its_page_holds_it(room, monkeypatch, capsys):
-    """Report, up-to-date check, failures that stop nothing, and the page with its figures inside."""
-    claim = lab.effect("a & b < c", np.ones(30), {"chance": np.zeros(30)}, "words", published="0.5")
-    for name in ("sparsity_profile", "ablate_signal"):
-        found = lab.Report(room, name)
-        found.claim(claim)
-        found.row("metric", 1.5, layer=2)
-        fig, _ = lab.pyplot().subplots()
-        found.figure(fig, "picture", "what it shows")
-        found.save()
-    assert "-> supported" in capsys.readouterr().out
-    folder = room.folder / "experiments"
-    result = json.loads((folder / "ablate_signal" / "result.json").read_text())
-    assert result["run"]["config_sha256"] and result["val_loss"] == {"reflow": 9.0, "baseline": 9.0}
-    lines = (folder / "ablate_signal" / "rows.csv").read_text().splitlines()
-    assert lines == [",".join(lab.COLUMNS), ",,,2,,,,metric,1.5"]
-    assert not list(folder.glob(".*"))
-    assert run_all.up_to_date(room, "ablate_signal") and not run_all.up_to_date(room, "signal_lens")
-    assert not run_all.up_to_date(open_lab(room.folder, seed=1), "ablate_signal")
-    assert not run_all.up_to_date(open_lab(room.step), "ablate_signal")  # a step named has a place of its own
-
-    monkeypatch.setattr("sys.argv", ["report.py", f"--run={room.folder}"])
-    report.main()
-    page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "a &amp; b &lt; c" in page
-    assert "Not run or failed: nearest_neighbors" in page and "http" not in page.replace("http-equiv", "")
-
-
-def test_run_all_shows_a_failure_and_goes_on(runs, monkeypatch, capsys):
-    from experiments import ablate_signal, sparsity_profile
-
-    def broken(laboratory):
-        raise RuntimeError("planted")
-
-    def fine(laboratory):
-        return lab.Report(laboratory, "ablate_signal")
-
-    monkeypatch.setattr(sparsity_profile, "run", broken)
-    monkeypatch.setattr(ablate_signal, "run", fine)
-    arguments = ["run_all.py", f"--run={runs}", "--only=sparsity_profile,ablate_signal", "--again"]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        run_all.main()
-    said = capsys.readouterr()
-    assert stop.value.code == 1 and "planted" in said.err and "failed: sparsity_profile" in said.err
-    assert "1 of 2 experiments" in said.out
-    monkeypatch.setattr("sys.argv", ["run_all.py", f"--run={runs}", "--only=ablate"])
-    with pytest.raises(UserError, match="did you mean ablate_signal"):
-        run_all.main()

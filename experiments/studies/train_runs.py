@@ -1,26 +1,32 @@
 """
-The studies that need many runs: train them (three kinds x three sizes x three seeds), then compare them.
+Train the runs that the studies compare, three kinds x three sizes x three seeds; then compare them.
 
-    python experiments/studies.py            50 minutes on two cores; killed, it goes on where it was
+    python experiments/studies/train_runs.py
+    python experiments/studies/train_runs.py --out=out/longer-studies --steps=2000
 
-Every run sees the same number of tokens, runs of one seed the same tokens in the same order. Then
-hard_sparsity.py, convergence.py and stability.py compare all runs under out/studies; each takes any other set
-by --runs=.
+Method
+    Every run sees the same number of tokens, runs of one seed the same tokens in the same order. Then
+    hard_sparsity.py, convergence.py and stability.py compare all runs under --out; each of them takes any
+    other runs by --runs=. After a kill the same command goes on where it was.
+
+Cost
+    50 minutes on two cores.
 """
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import subprocess
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import checkpoint
 import configurator
 from configurator import UserError
-from experiments import study
+from experiments.studies import STUDIES
 
-ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 KINDS = {"factored": "reflow_nano", "dense": "gpt2_new_nano", "topk": "reflow_nano_topk"}
 SIZES = {"2x64": (2, 64, 32), "3x96": (3, 96, 48), "4x128": (4, 128, 64)}  # layers, width, signals
 
@@ -36,23 +42,32 @@ def plan(c):
     """[(folder, arguments of train.py)] of all runs; seeds outermost, so that an interruption leaves sets."""
     runs = []
     for seed in range(c.seeds):
-        for size, (layers, width, signals) in SIZES.items():
+        for size in SIZES:
             for kind, config in KINDS.items():
                 folder = Path(c.out) / f"{kind}-{size}-seed{seed}"
-                shape = {"n_layer": layers, "n_embd": width, "n_head": width // 32}
-                if kind != "dense":
-                    shape["n_signal"] = signals
-                if kind == "topk":
-                    shape["top_k"] = signals // 8
-                schedule = {
+                options = shape_options(kind, size) | {
                     "max_steps": c.steps,
                     "warmup_steps": c.steps // 10,
                     "eval_interval": c.steps // 8,
+                    "eval_sequences": 16,
+                    "save_interval": c.steps,
+                    "seed": seed,
+                    "out_dir": folder,
                 }
-                schedule |= {"eval_sequences": 16, "save_interval": c.steps, "seed": seed, "out_dir": folder}
-                settings = [f"--{key}={value}" for key, value in (shape | schedule).items()]
+                settings = [f"--{key}={value}" for key, value in options.items()]
                 runs.append((folder, [str(ROOT / "config" / f"{config}.py"), *settings, "--resume"]))
     return runs
+
+
+def shape_options(kind, size):
+    """{option: value} of the shape of a model."""
+    layers, width, signals = SIZES[size]
+    shape = {"n_layer": layers, "n_embd": width, "n_head": width // 32}
+    if kind != "dense":
+        shape["n_signal"] = signals
+    if kind == "topk":
+        shape["top_k"] = signals // 8
+    return shape
 
 
 def finished(folder, steps):
@@ -72,10 +87,10 @@ def main():
         print(f"\n{folder} ({i + 1} of {len(runs)})", flush=True)
         if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments]).returncode:
             raise UserError(f"training of {folder} failed: see above; the same command goes on from here")
-    for script in study.NAMES:
-        command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), f"--runs={c.out}/*"]
+    for name in STUDIES:
+        command = [sys.executable, str(FOLDER / f"{name}.py"), f"--runs={c.out}/*"]
         if subprocess.run(command).returncode:
-            raise UserError(f"{script} failed: see above")
+            raise UserError(f"{name} failed: see above")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""
+The tokens of a run by how often its training text holds them: a rare token's row is close to its random start.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+from data.tokenizer import encoding
+
+LEAST_COUNT = 5  # sightings in training from which a token counts as known
+
+
+def token_text(token):
+    """A token as text for a table or a figure: white space alone is quoted, line ends are escaped."""
+    text = encoding().decode([int(token)])
+    return repr(text)[1:-1] if text.strip() else repr(text)
+
+
+class Words:
+    """The tokens of a run by how often its training text holds them, `counts` (n_tokens,)."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    @functools.cached_property
+    def by_count(self):
+        """All token ids, the most frequent in training first, (n_tokens,)."""
+        return np.argsort(-self.counts, kind="stable")
+
+    def known_tokens(self, least=LEAST_COUNT):
+        """Ids of the tokens seen at least `least` times in training, most frequent first, (n,)."""
+        return self.by_count[self.counts[self.by_count] >= least]
+
+    def known_words(self, letters=2):
+        """Those known tokens that are a space and at least so many letters, most frequent first, (n,)."""
+        known = self.known_tokens()
+        texts = [encoding().decode([token]) for token in known]
+        is_word = [text[0] == " " and text[1:].isalpha() and len(text) > letters for text in texts]
+        return known[is_word]
+
+    def known(self, word, least=LEAST_COUNT):
+        """The id of " word" if it is one token, seen at least `least` times in training; else None."""
+        tokens = encoding().encode_ordinary(" " + word)
+        return tokens[0] if len(tokens) == 1 and self.counts[tokens[0]] >= least else None
+
+    def known_all(self, words, least=LEAST_COUNT):
+        """The ids of those of `words` that are known, in order, a list."""
+        found = [self.known(word, least) for word in words]
+        return [token for token in found if token is not None]
+
+    def top(self, scores, k=6):
+        """The k known tokens with the highest scores (n_tokens,), as text."""
+        known = torch.from_numpy(self.known_tokens()).to(scores.device)
+        best = known[scores[known].topk(min(k, len(known))).indices]
+        return " ".join(token_text(token).strip() for token in best)

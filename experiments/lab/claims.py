@@ -1,0 +1,158 @@
+"""
+Scores, and the two rules that turn them into verdicts.
+
+    effect    The measured value beats chance. For every control (untrained model, shuffled recipes, random
+              direction, ...) the lower end of the 95 % bootstrap interval of the paired difference must be above
+              zero.
+    signals   The learned dictionary is special. It must beat all of at least 19 random changes of itself that
+              leave the model's function as it is: if it were one of them, that had a probability of 5 %. And it
+              must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
+
+A claim is inconclusive if there are fewer than 20 independent units, no control, fewer than 19 random changes, or
+if a difference is not a number. A gain below 1e-5 of the mean measured size counts as rounding, not as a gain. No
+other threshold exists.
+"""
+
+import numpy as np
+
+from experiments.lab.results import Claim, Estimate
+from experiments.lab.stats import estimate, t_interval
+
+LEAST_UNITS = 20  # independent units below which a claim is inconclusive
+N_GAUGES = 19  # random changes of the dictionary: the fewest that can give p = 0.05
+ROUNDING = 1e-5  # of the mean measured size
+PLURAL = {"rotation": "rotations", "skewed": "skewed gauges"}  # of Scores.gauge, in texts
+
+
+class Scores(dict):
+    """{name: values (n, ...)}, one value a unit, of one measurement on several dictionaries or models.
+
+    "native" is the run's own. `gauges` (K, n, ...) holds the same for K random changes of the native dictionary
+    (None where they make no sense); `gauge` says of which kind these are.
+    """
+
+    def __init__(self, values=(), gauges=None, gauge="rotation"):
+        super().__init__({name: to_numpy(v) for name, v in dict(values).items()})
+        self.gauges = None if gauges is None else np.stack([to_numpy(v) for v in gauges])
+        self.gauge = gauge
+
+    def __setitem__(self, name, values):
+        super().__setitem__(name, to_numpy(values))
+
+    @property
+    def native(self):
+        return self["native"]
+
+    @property
+    def rivals(self):
+        """All but the native values."""
+        return {name: values for name, values in self.items() if name != "native"}
+
+    def map(self, f):
+        """The Scores of f(values) for every entry, for example one column of values (n, L)."""
+        gauges = None if self.gauges is None else np.stack([f(values) for values in self.gauges])
+        return Scores({name: f(values) for name, values in self.items()}, gauges, self.gauge)
+
+    def means(self):
+        """{name: mean}, a list for the gauges."""
+        found = {name: float(np.mean(values)) for name, values in self.items()}
+        if self.gauges is not None:
+            found["gauges"] = [float(np.mean(values)) for values in self.gauges]
+        return found
+
+
+def to_numpy(values):
+    """A tensor or array as float64 in numpy."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, float)
+
+
+def effect(scores, unit, against=None, groups=None, lower=False):
+    """Does scores.native (n,) beat each control named in `against` (None: all others)? Fields of a Claim.
+
+    `groups` (n,): units that are not independent of one another. `lower`: smaller is better.
+    """
+    measured = scores.native
+    controls = scores.rivals if against is None else {name: scores[name] for name in against}
+    n = len(measured) if groups is None else len(np.unique(groups))
+    sign = -1 if lower else 1
+    gains = {name: estimate(sign * (measured - values), groups) for name, values in controls.items()}
+    overflowed = [name for name, gain in gains.items() if np.isnan(gain.low)]
+    weakest = min(gains, key=lambda name: gains[name].low, default=None)
+    if overflowed:
+        weakest = overflowed[0]
+
+    if weakest is None:
+        verdict, reason = "inconclusive", "no control"
+    elif n < LEAST_UNITS:
+        verdict, reason = "inconclusive", f"only {n} {unit}"
+    elif overflowed:
+        verdict, reason = "inconclusive", f"the gain over {weakest} is not a number"
+    else:
+        is_gain = gains[weakest].low > ROUNDING * np.abs(measured).mean()
+        verdict = "supported" if is_gain else "not supported"
+        reason = f"gain over {weakest}: {gains[weakest]}"
+    return {
+        "kind": "effect",
+        "verdict": verdict,
+        "reason": reason,
+        "unit": unit,
+        "n": n,
+        "measured": estimate(measured, groups),
+        "controls": {name: estimate(values, groups) for name, values in controls.items()},
+        "gain": gains.get(weakest),
+        "weakest": weakest,
+        "lower": lower,
+    }
+
+
+def signals(scores, unit, against=None, groups=None, lower=False):
+    """Is the native dictionary special, against scores.gauges (K, n) and the rivals `against`? Fields of a Claim."""
+    found = effect(scores, unit, against, groups, lower)
+    sign = -1 if lower else 1
+    means = np.asarray(scores.gauges, float).mean(1)  # (K,)
+    n_gauges = len(means)
+    p = float((1 + (sign * means >= sign * np.mean(scores.native)).sum()) / (n_gauges + 1))
+    plural = PLURAL[scores.gauge]
+    beats = bool(p <= 0.05)
+
+    if found["n"] < LEAST_UNITS or n_gauges < N_GAUGES:
+        verdict, reason = "inconclusive", f"only {found['n']} {unit}, {n_gauges} {plural}"
+    elif not beats:
+        verdict, reason = "not supported", f"random {plural} do as well (p = {p:.2f}, {n_gauges} {plural})"
+    elif found["controls"] and found["verdict"] != "supported":
+        verdict, reason = found["verdict"], f"beats {n_gauges} {plural} (p = {p:.2f}), but: {found['reason']}"
+    else:
+        also = f"; {found['reason']}" if found["controls"] else ""
+        verdict, reason = "supported", f"beats {n_gauges} {plural} (p = {p:.2f}){also}"
+    return found | {
+        "kind": "signals",
+        "verdict": verdict,
+        "reason": reason,
+        "gauge": scores.gauge,
+        "n_gauges": n_gauges,
+        "gauges": Estimate(float(means.mean()), float(means.min()), float(means.max())),
+        "beats_gauges": beats,
+        "p": p,
+    }
+
+
+def below(values, limit, unit, controls=None):
+    """Is the mean of values (n,) below `limit`? By a t interval over few units. Fields of a Claim."""
+    found = t_interval(values)
+    is_below = found.high < limit
+    verdict = "inconclusive" if len(values) < 3 else "supported" if is_below else "not supported"
+    return {
+        "kind": "effect",
+        "verdict": verdict,
+        "reason": f"the interval is {'' if is_below else 'not '}below {limit:g}",
+        "unit": unit,
+        "n": len(values),
+        "measured": found,
+        "controls": controls or {},
+        "lower": True,
+    }
+
+
+def make_claim(experiment, key, sentence, fields, published=""):
+    """The Claim of an experiment with this key."""
+    return Claim(experiment=experiment, key=key, claim=sentence, published=published, **fields)

@@ -1,0 +1,276 @@
+"""
+A run under study: its model, the controls of its model and of its dictionary, and its text.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import checkpoint
+import dictionary
+import hooks
+from checkpoint import Checkpoint
+from configurator import UserError
+from data.datasets import run_words, text_folder
+from data.shards import Dataset
+from data.tokenizer import END_OF_TEXT
+from dictionary import Dictionary
+from experiments.lab.claims import N_GAUGES, Scores
+from experiments.lab.results import Identity
+from hardware import keep_freed_memory, pick_device
+from model import ModelConfig, ReFlow
+
+
+@dataclass
+class LabConfig:
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
+    baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
+    seed: int = 0  # of every random choice: rotations, bootstrap, prompts
+    device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
+
+
+@dataclass
+class Subject:
+    """A model under study, and the dictionary that is studied in it (None: its own)."""
+
+    name: str  # reflow, baseline, step 0 or shuffled
+    net: ReFlow
+    val_loss: float | None = None
+    dictionary: Dictionary = None
+    checkpoint: Checkpoint | None = None
+
+    def __post_init__(self):
+        self.dictionary = self.dictionary or dictionary.native(self.net)
+
+    @functools.cached_property
+    def E(self):
+        """(n_tokens, d), without padding rows."""
+        return self.dictionary.matrix()
+
+
+def open_subject(name, ckpt, device):
+    """The Subject of a Checkpoint, in fp32. Raises UserError."""
+    loss = ckpt.state.get("whole_val_loss") or ckpt.state.get("val_loss")
+    return Subject(name, ckpt.load_model(device), loss, checkpoint=ckpt)
+
+
+def open_newest(run=None, out="out"):
+    """The Checkpoint of `run`; None: of the newest run under `out` that is no plain GPT, else of the newest."""
+    if run is None:
+        for folder in checkpoint.runs(out):
+            ckpt = checkpoint.open_run(folder, out)
+            if ckpt.model_config["vocab"] != "dense":
+                return ckpt
+    return checkpoint.open_run(run, out)
+
+
+def shape_of(ckpt):
+    """What a model shares with its plain baseline."""
+    return {key: ckpt.model_config.get(key) for key in ("n_layer", "n_embd", "n_head", "block_size")}
+
+
+def find_baseline(ckpt):
+    """The newest dense run in the same folder with the same shape, data and number of steps; None if none."""
+    for run in checkpoint.runs(ckpt.run.parent):
+        for path in reversed(checkpoint.steps(run)):  # its best may be of another step
+            try:
+                found = Checkpoint(path, checkpoint.read_state(path))
+            except UserError:  # a damaged one
+                continue
+            same = found.step == ckpt.step and not baseline_faults(ckpt, found)
+            if same and path != ckpt.path:
+                return found
+    return None
+
+
+def baseline_faults(ckpt, other):
+    """Why `other` is no plain GPT of the shape and data of `ckpt`, a list of texts; empty if it is one."""
+    faults = []
+    if other.model_config["vocab"] != "dense":
+        faults.append(f"its vocabulary is {other.model_config['vocab']}, not dense")
+    for key, value in shape_of(ckpt).items():
+        if other.model_config.get(key) != value:
+            faults.append(f"{key} is {other.model_config.get(key)}, not {value}")
+    if other.state.get("data_sha256") != ckpt.state.get("data_sha256"):
+        faults.append("it was trained on other data")
+    return faults
+
+
+class Lab:
+    """A run, its controls and its text. Everything beyond the run itself is made on first use."""
+
+    def __init__(self, config=None):
+        self.config = config or LabConfig()
+        self.seed = self.config.seed
+        self.device = pick_device(self.config.device)
+        keep_freed_memory()
+        self.checkpoint = open_newest(self.config.run)
+        self.model = open_subject("reflow", self.checkpoint, self.device)
+        self._rivals = {}  # name of a subject -> its PCA and ICA
+
+    @property
+    def results(self):
+        """The folder of this run's results."""
+        return self.checkpoint.results
+
+    # -- models that it is compared with -----------------------------------------------------------
+
+    @functools.cached_property
+    def baseline(self):
+        """A plain GPT of the same shape and data, or None (said once, with how to make one)."""
+        if self.config.baseline is None:
+            found = find_baseline(self.checkpoint)
+            if found is None:
+                print(
+                    "no baseline beside this run: train config/gpt2_new_nano.py (or _mini), or give --baseline"
+                )
+                return None
+        else:
+            found = checkpoint.open_run(self.config.baseline)
+            if faults := baseline_faults(self.checkpoint, found):
+                raise UserError(
+                    f"--baseline={self.config.baseline} is no plain GPT of the same shape and data: {faults[0]}"
+                )
+        return open_subject("baseline", found, self.device)
+
+    @functools.cached_property
+    def step0(self):
+        """The untrained model: the run's own step 0, or a fresh start of the same configuration."""
+        train = self.checkpoint.train_config
+        untrained = not train.get("init_from") and not train.get("imported_from")  # else step 0 knows a lot
+        path = self.checkpoint.run / "step_000000"
+        if untrained and path.is_dir() and path != self.checkpoint.path:
+            return open_subject("step 0", Checkpoint(path, checkpoint.read_state(path)), self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(train.get("seed", self.seed))
+            net = ReFlow(ModelConfig(**self.checkpoint.model_config))
+        return Subject("step 0", net.to(self.device).eval())
+
+    @functools.cached_property
+    def shuffled(self):
+        """The trained model with its recipes exchanged among tokens of like frequency (within one octave)."""
+        octave = np.log2(np.maximum(self.words.counts, 0.5)).astype(int)  # (n_tokens,), -1 if never seen
+        permutation = np.arange(len(octave))
+        rng = self.rng("shuffled")
+        for i in np.unique(octave):
+            part = np.flatnonzero(octave == i)
+            permutation[part] = rng.permutation(part)
+        d = self.model.dictionary.part(permutation)
+        d.name = "shuffled"
+        return Subject("shuffled", hooks.with_embedding(self.model.net, d.matrix()), dictionary=d)
+
+    @property
+    def subjects(self):
+        """The run's model, its baseline if there is one, and the untrained model."""
+        found = [self.model, self.baseline, self.step0]
+        return [subject for subject in found if subject is not None]
+
+    def identity(self):
+        """What a result belongs to and is made from; with the same code, equal means the same result."""
+        trained = [subject for subject in (self.model, self.baseline) if subject is not None]
+        return {
+            "run": run_identity(self.checkpoint),
+            "val_loss": {subject.name: subject.val_loss for subject in trained},
+            "seed": self.seed,
+            "made_from": {s.checkpoint.name: file_sha256(s.checkpoint.weights) for s in trained},
+        }
+
+    # -- dictionaries -------------------------------------------------------------------------------
+
+    def gauges(self, native, change=dictionary.rotated):
+        """19 random rotations (or another `change`) of a dictionary, the same in every claim, one at a time."""
+        for i in range(N_GAUGES):
+            yield change(native, torch.Generator().manual_seed(self.seed * 1000 + i))
+
+    def rivals(self, subject=None):
+        """{"pca": Dictionary, "ica": Dictionary} of a subject's E, fitted to tokens seen in training."""
+        subject = subject or self.model
+        if subject.name not in self._rivals:
+            enough = max(len(self.words.known_tokens()), 4 * subject.E.size(1))  # even after a few steps
+            fit = torch.from_numpy(self.words.by_count[:enough]).to(self.device)
+            pca = dictionary.pca(subject.E, fit)
+            ica = dictionary.ica(subject.E, fit, self.seed)
+            self._rivals[subject.name] = {"pca": pca, "ica": ica}
+        return self._rivals[subject.name]
+
+    def compare(self, measure, subject=None, tokens=None, change=dictionary.rotated):
+        """Scores of measure(Dictionary) -> values (n, ...) for native, its 19 rotations, PCA and ICA.
+
+        A measure that returns {metric: values} gives {metric: Scores}. `subject`: whose E (None: the run's).
+        `tokens` (m,): dictionaries of these tokens alone, so that codes are (m, S). `change`: rotated, or skewed
+        where rotations change nothing.
+        """
+        subject = subject or self.model
+
+        def part(d):
+            return d if tokens is None else d.part(tokens)
+
+        native = part(subject.dictionary)
+        named = {"native": measure(native)}
+        named |= {name: measure(part(d)) for name, d in self.rivals(subject).items()}
+        gauges = [measure(d) for d in self.gauges(native, change)]
+        kind = "skewed" if change is dictionary.skewed else "rotation"
+        if isinstance(named["native"], dict):
+            return {
+                key: Scores(pick(named, key), [found[key] for found in gauges], kind)
+                for key in named["native"]
+            }
+        return Scores(named, gauges, kind)
+
+    # -- words and text -----------------------------------------------------------------------------
+
+    def rng(self, *key):
+        """A numpy generator that depends on the seed and on `key` (strings) alone."""
+        return np.random.default_rng([self.seed, zlib.crc32("/".join(key).encode())])
+
+    def generator(self):
+        """A torch generator that depends on the seed alone."""
+        return torch.Generator().manual_seed(self.seed)
+
+    @functools.cached_property
+    def words(self):
+        """The tokens by how often they were in the text of training (data.words.Words)."""
+        return run_words(self.checkpoint.path, self.checkpoint.state)
+
+    @functools.cached_property
+    def text(self):
+        """Folder of the held-out text: the run's own data set, else the embedded corpus."""
+        return text_folder(self.checkpoint.state)
+
+    def heldout(self, n, length):
+        """At most n windows of validation text, spread evenly, no document's end inside: x, y (n, length)."""
+        dataset = Dataset(self.text, "val", length)
+        x, y = dataset.windows(0, dataset.n_windows)
+        whole = ~((x == END_OF_TEXT).any(1) | (y == END_OF_TEXT).any(1))
+        chosen = whole.nonzero().flatten()
+        chosen = chosen[torch.linspace(0, len(chosen) - 1, min(n, len(chosen))).long()]
+        return x[chosen].to(self.device), y[chosen].to(self.device)
+
+
+def pick(named, key):
+    """{name: table[key]} of {name: {key: values}}."""
+    return {name: table[key] for name, table in named.items()}
+
+
+def file_sha256(path):
+    """SHA-256 of a file, read again only when its time or size has changed."""
+    stat = os.stat(path)
+    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def sha256_of_version(path, mtime_ns, size):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def run_identity(ckpt):
+    """Run, step, configuration and data of a Checkpoint, an Identity."""
+    config = json.dumps(ckpt.state["config"], sort_keys=True).encode()
+    return Identity(ckpt.name, ckpt.step, hashlib.sha256(config).hexdigest(), ckpt.state.get("data_sha256"))

@@ -1,0 +1,67 @@
+"""
+Statistics. Everything that a claim is about is a mean over units: words, questions, prompts, tokens.
+"""
+
+import numpy as np
+
+from experiments.lab.results import Estimate
+
+
+def estimate(values, groups=None, resamples=2000, seed=0):
+    """Mean of values (n,) and its 95 % percentile bootstrap interval; `groups` (n,) are resampled whole."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return Estimate(np.nan, np.nan, np.nan)
+    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(groups, values)
+    sizes = np.bincount(groups)
+    n = len(sums)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(0, resamples, 100):  # (100, n) counts at a time
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=100)
+        means.append((weights @ sums) / (weights @ sizes))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def t_interval(values):
+    """Mean of values (n,) with its 95 % t interval; unbounded for fewer than three."""
+    from scipy.stats import t  # takes half a second to import
+
+    n = len(values)
+    mean = float(np.mean(values)) if n else np.nan
+    if n < 3:
+        return Estimate(mean, -np.inf, np.inf)
+    half = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return Estimate(mean, float(mean - half), float(mean + half))
+
+
+def regress_out(codes, nuisance):
+    """codes (n, S) less their least squares fit on 1, nuisance (n,) and its square."""
+    q = np.linalg.qr(np.vander(nuisance - nuisance.mean(), 3)).Q  # (n, 3)
+    return codes - q @ (q.T @ codes)
+
+
+def benjamini_hochberg(p, rate=0.05):
+    """Which p-values (n,) are discoveries at a false discovery rate (Benjamini & Hochberg, 1995), (n,) bool."""
+    p = np.asarray(p)
+    order = np.argsort(p)
+    passed = np.nonzero(p[order] <= rate * np.arange(1, len(p) + 1) / len(p))[0]
+    n_found = passed[-1] + 1 if len(passed) else 0
+    found = np.zeros(len(p), bool)
+    found[order[:n_found]] = True
+    return found
+
+
+def gini(rows):
+    """Gini coefficient of |rows| (n, S), 0 for even to 1 for sparse, (n,): Hurley & Rickard, 0811.4706."""
+    x = np.sort(np.abs(rows), axis=1)
+    n = x.shape[1]
+    return 2 * (x * np.arange(1, n + 1)).sum(1) / (n * x.sum(1)) - (n + 1) / n
+
+
+def kurtosis(rows):
+    """Excess kurtosis of rows (n, S), 0 for a Gaussian, (n,)."""
+    x = rows - rows.mean(1, keepdims=True)
+    return (x**4).mean(1) / (x**2).mean(1) ** 2 - 3
