@@ -58,7 +58,8 @@ def first_order_change(pred, dictionary):
 def exact_change(activation, column, p, target):
     """Exact (change of log p[target], KL(p || p')), nats, (N,) each, when one signal a row is removed.
 
-    activation (N,) of that signal, column (N, n_tokens) its codes, p (N, n_tokens), target (N,). In p's dtype.
+    activation (N,) of that signal, column (N, n_tokens) its codes, p (N, n_tokens), target (N,).
+    The result has the dtype of p.
     """
     activation = activation.to(p)[:, None]
     column = column.to(p)

@@ -156,7 +156,8 @@ def gather_state(model, optimizer):
     """({name: weight}, {"name.exp_avg": ...}). Every process must call it."""
     weights, moments = {}, {}
     if hasattr(model, "reshard"):
-        model.reshard()  # an evaluation leaves FSDP's root unsharded: parameters that the optimiser does not know
+        # An evaluation leaves FSDP's root unsharded: parameters that the optimiser does not know.
+        model.reshard()
     for name, parameter in model.named_parameters():
         weights[name] = whole(parameter)
         for key, value in optimizer.state[parameter].items():

@@ -1,9 +1,9 @@
 """
 One embedding, many ways to write it: codes (V x S) @ atoms (S x d) = E.
 
-A *dictionary* is such a pair. `native` is the learned one. For every invertible R, (codes R)(R^-1 atoms) is the
-*same function*, so a result that also holds for `rotated` is not evidence about the learned signals. `pca` and
-`ica` find a dictionary of E after the fact.
+A *dictionary* is such a pair. `native` is the learned one. For every invertible R, (codes R)(R^-1 atoms) is
+the *same function*, so a result that also holds for `rotated` is not evidence about the learned signals.
+`pca` and `ica` find a dictionary of E after the fact.
 """
 
 import warnings
@@ -53,7 +53,7 @@ class Dictionary:
 
 
 def top_k(codes, k):
-    """codes (..., S) with all but the k entries of largest size in each row set to zero; k above S keeps all."""
+    """codes (..., S) with all but the k entries of largest size in each row set to zero; k > S keeps all."""
     index = codes.abs().topk(min(k, codes.size(-1)), dim=-1, sorted=False).indices
     return torch.zeros_like(codes).scatter(-1, index, codes.gather(-1, index))
 
@@ -90,7 +90,7 @@ def skewed(dictionary, generator, condition=10.0):
 
 
 def row_space(E):
-    """(orthonormal basis (r, d) of the row space of E (V, d), coordinates (V, r)); r is the numerical rank."""
+    """(orthonormal basis (r, d) of the row space of E (V, d), coordinates (V, r)); r: the numerical rank."""
     values, vectors = torch.linalg.eigh(E.double().T @ E.double())
     keep = values > values[-1] * 1e-9
     basis = vectors[:, keep].T.to(E)
@@ -109,8 +109,8 @@ def pca(E, fit):
 def ica(E, fit, seed=0):
     """Independent components of the rows `fit` of E (V, d) (FastICA; Hyvarinen, 1999).
 
-    Independent axes of embeddings are interpretable (Yamagiwa et al., 2305.13175), so this is the rival that a
-    learned basis has to beat. Raises UserError if it finds no change of basis that reproduces E.
+    Independent axes of embeddings are interpretable (Yamagiwa et al., 2305.13175), so this is the rival that
+    a learned basis has to beat. Raises UserError if it finds no change of basis that reproduces E.
     """
     from sklearn.decomposition import FastICA  # takes a second to import
 

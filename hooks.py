@@ -1,9 +1,9 @@
 """
 The residual stream of a ReFlow: read it, edit it, steer it, run the model from the middle.
 
-`layer` is the block that a stream enters: 0 is the embedding, n_layer the input of the final norm. So layer l is
-TransformerLens' blocks.{l}.hook_resid_pre, and blocks.{l-1}.hook_resid_post. Functions that return logits leave
-the padding rows of the vocabulary out.
+`layer` is the block that a stream enters: 0 is the embedding, n_layer the input of the final norm. So layer l
+is TransformerLens' blocks.{l}.hook_resid_pre, and blocks.{l-1}.hook_resid_post. Functions that return logits
+leave the padding rows of the vocabulary out.
 """
 
 from contextlib import contextmanager
@@ -86,7 +86,7 @@ def token_losses(net, x, y, batch=512):
 
 @torch.no_grad()
 def resid_streams(net, resid, layer=0):
-    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each, for resid entering `layer`."""
+    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each; resid enters `layer`."""
     c = net.config
     cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, resid.device)
     streams = [resid]

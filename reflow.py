@@ -18,7 +18,7 @@ from hardware import pick_device
 
 
 class Attribution:
-    """What each signal adds to logit[target] - logit[foil] after one prompt; the contributions sum to it exactly."""
+    """What each signal adds to logit[target] - logit[foil] after a prompt; they sum to it exactly."""
 
     def __init__(self, pred, native, words, prompt):
         self.prompt = prompt

@@ -1,5 +1,5 @@
 """
-Prepared data sets by name: where one is, whether a run was trained on it, a model's loss on it, its tokens' counts.
+Prepared data sets by name: where one is, whether it trained a run, a model's loss on it, its tokens' counts.
 """
 
 import contextlib
@@ -23,9 +23,10 @@ COUNTED = 50_000  # windows of training text, at most, in which tokens are count
 
 
 def find_dataset(name):
-    """The folder that `--dataset=name` means: data/<name>, or a path; the embedded corpus is prepared if missing.
+    """The folder that `--dataset=name` means: data/<name>, or a path.
 
-    Under torchrun every process must call it: the first one prepares, the others wait.
+    The embedded corpus is prepared if it is missing. Under torchrun every process must call it: the first one
+    prepares, the others wait.
     """
     folder = DATA / name if "/" not in name else Path(name)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -49,7 +50,7 @@ def dataset_of(state):
 
 
 def mean_loss(model, dataset, n_sequences, batch_size, device, autocast=None, rank=0, world=1):
-    """Mean loss, nats per token, over the first `n_sequences` windows of `dataset`, shared by all processes."""
+    """Mean loss, nats per token, over the first `n_sequences` windows; all processes share the work."""
     autocast = autocast or contextlib.nullcontext()
     was_training = model.training
     model.eval()

@@ -1,5 +1,7 @@
 """
-The tokens of a run by how often its training text holds them: a rare token's row is close to its random start.
+The tokens of a run by how often its training text holds them.
+
+The row of a rare token stays close to its random start.
 """
 
 import functools

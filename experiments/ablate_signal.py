@@ -5,18 +5,18 @@ What does a single signal do? Remove each one, at the output, at the input, and 
     python experiments/ablate_signal.py --prompt="The capital of France is" --target=Paris
 
 Method
-    At the output the effect is exact and needs no forward pass. With A = norm(h) @ atoms.T, W the codes and p the
-    distribution over tokens, removing signal s subtracts A_s W_s from the logits. The logit difference of target t
-    and foil f changes by -A_s (W_ts - W_fs), log p_t by -A_s W_ts - K_s with K_s = log E_p[exp(-A_s W_vs)], and
-    KL(p || p') = K_s + A_s E_p[W_vs]. First order for all S signals at once, exact for the strongest of a prompt.
-    At the input, signal s is taken out of the embedding of every token of the prompt: S forward passes.
-    Target: the model's top token; foil: its second. Unit: a held-out context of 24 tokens. Every dictionary has a
-    strongest signal, so maxima are compared with maxima. Control of a chosen signal: random directions in the span
-    of the codes, of the same size, and the untrained model's own chosen signal.
+    At the output the effect is exact and needs no forward pass. With A = norm(h) @ atoms.T, W the codes and p
+    the distribution over tokens, removing signal s subtracts A_s W_s from the logits. The logit difference of
+    target t and foil f changes by -A_s (W_ts - W_fs), log p_t by -A_s W_ts - K_s with K_s = log E_p[exp(-A_s
+    W_vs)], and KL(p || p') = K_s + A_s E_p[W_vs]. First order for all S signals at once, exact for the
+    strongest of a prompt. At the input, signal s is taken out of the embedding of every token of the prompt:
+    S forward passes. Target: the model's top token; foil: its second. Unit: a held-out context of 24 tokens.
+    Every dictionary has a strongest signal, so maxima are compared with maxima. Control of a chosen signal:
+    random directions in the span of the codes, of the same size, and the untrained model's own chosen signal.
 
 Cost
-    Output side: seconds at any size. Input side: 16 x S forward passes of 24 tokens (464M parameters: 0.3 PFLOP,
-    an hour and a half on two cores, a minute on a GPU).
+    Output side: seconds at any size. Input side: 16 x S forward passes of 24 tokens (464M parameters: 0.3
+    PFLOP, an hour and a half on two cores, a minute on a GPU).
 """
 
 import sys
@@ -37,8 +37,8 @@ from experiments.lab.stats import estimate
 from reflow import Model
 
 CLAIMS = {
-    "generalizes": "the signal chosen on one half of the prompts lowers log p of the top token on the other half",
-    "strongest": "the strongest signal of a prompt lowers log p of its top token by more than in other dictionaries",
+    "generalizes": "a signal chosen on half of the prompts lowers log p of the top token on the other half",
+    "strongest": "a prompt's strongest signal lowers log p of the top token by more than other dictionaries' do",
     "concentrated": "fewer signals hold 90 % of the contributions, by size, to top minus second logit",
 }
 PUBLISHED = "8.31 % to 0.03 % on one prompt, -5.7 nats (464M, OpenWebText)"
@@ -53,7 +53,7 @@ class AblateConfig:
 
 
 def strongest(pred, d):
-    """Each prompt's signal that lowers log p[target] most, to first order: (signal, exact change, KL), (N,)."""
+    """Each prompt's signal that lowers log p[target] most, first order: (signal, exact change, KL), (N,)."""
     signal = first_order_change(pred, d).argmin(1)
     return signal, *remove_signals(pred, d, signal)
 
@@ -65,7 +65,7 @@ def n_90(contributions):
 
 
 def split_half(subject, prompts, generator):
-    """(signal chosen on the even prompts, its drop of log p on the odd ones, the drop by random directions)."""
+    """(signal chosen on the even prompts, its drop of log p on the odd ones, that of random directions)."""
     pred, d = predict(subject.net, prompts), subject.dictionary
     signal = int(first_order_change(pred, d)[::2].mean(0).argmin())
     odd = pred[1::2]
@@ -95,7 +95,7 @@ def ablate_input(net, d, prompt, batch=64):
 
 
 def input_output_sizes(subject, prompts):
-    """Size of the change of the logit difference, mean over signals, by where a signal is removed, {name: (n,)}."""
+    """Mean size of the change of the logit difference, by the place of removal, {name: (n,)}."""
     pred, d, E = predict(subject.net, prompts), subject.dictionary, subject.E
     states = torch.stack([ablate_input(subject.net, d, prompt) for prompt in prompts])  # (n, S, d)
     direction = E[pred.target] - E[pred.foil]  # (n, d)
@@ -164,18 +164,19 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
         "input_output_both": {place: vars(estimate(values)) for place, values in sizes.items()},
         "chosen_signal": signal,
     }
+    promoted = lab.words.top(d.codes[:, signal])
+    suppressed = lab.words.top(-d.codes[:, signal])
+    by_place = ", ".join(f"{place} {estimate(values)}" for place, values in sizes.items())
     report.notes += [
-        f"Signal {signal}, chosen on the even prompts, promotes {lab.words.top(d.codes[:, signal])} and suppresses "
-        f"{lab.words.top(-d.codes[:, signal])}.",
-        f"Removing the strongest signal of a prompt changes the top token on {flips:.0%} of prompts. Removing the "
-        f"direction of word frequency lowers log p by {drop['frequency'].mean():.2f} nats.",
-        f"Mean size of the change of the logit difference over all signals, {N_INPUT_PROMPTS} prompts: "
-        + ", ".join(f"{place} {estimate(values)}" for place, values in sizes.items()),
+        f"Signal {signal}, chosen on the even prompts, promotes {promoted} and suppresses {suppressed}.",
+        f"Removing the strongest signal of a prompt changes the top token on {flips:.0%} of prompts. Removing "
+        f"the direction of word frequency lowers log p by {drop['frequency'].mean():.2f} nats.",
+        f"Mean size of the change of the logit difference, {N_INPUT_PROMPTS} prompts: {by_place}.",
     ]
     means = drop.means()
     title = (
-        f"Removing a prompt's strongest signal lowers log p by {means['native']:.2f}; the strongest of a random "
-        f"rotation by {np.mean(means['gauges']):.2f} (up to {np.max(means['gauges']):.2f})"
+        f"Removing a prompt's strongest signal lowers log p by {means['native']:.2f}; that of a "
+        f"random rotation by {np.mean(means['gauges']):.2f} (up to {np.max(means['gauges']):.2f})"
     )
     with report.figure("strongest", title, 1, 2) as (left, right):
         plot_scores(left, drop, xlabel="drop of log p, nats, by each prompt's strongest signal")

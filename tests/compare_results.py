@@ -4,8 +4,8 @@ Compare the results of experiments, claim by claim and number by number.
     python tests/compare_results.py OLD NEW              two folders of results: <run>/experiments
     python tests/compare_results.py OLD NEW --tolerance=1e-4
 
-Verdicts must be equal, numbers to a relative tolerance (absolute below 1). A number or a claim that only one side
-has is listed too. Exit status 1 if anything differs.
+Verdicts must be equal, numbers to a relative tolerance (absolute below 1). A number or a claim that only one
+side has is listed too. Exit status 1 if anything differs.
 """
 
 import math

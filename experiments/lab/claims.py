@@ -2,15 +2,15 @@
 Scores, and the two rules that turn them into verdicts.
 
     effect    The measured value beats chance. For every control (untrained model, shuffled recipes, random
-              direction, ...) the lower end of the 95 % bootstrap interval of the paired difference must be above
-              zero.
+              direction, ...) the lower end of the 95 % bootstrap interval of the paired difference must be
+              above zero.
     signals   The learned dictionary is special. It must beat all of at least 19 random changes of itself that
-              leave the model's function as it is: if it were one of them, that had a probability of 5 %. And it
-              must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
+              leave the model's function as it is: if it were one of them, that had a probability of 5 %. And
+              it must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
 
-A claim is inconclusive if there are fewer than 20 independent units, no control, fewer than 19 random changes, or
-if a difference is not a number. A gain below 1e-5 of the mean measured size counts as rounding, not as a gain. No
-other threshold exists.
+A claim is inconclusive if there are fewer than 20 independent units, no control, fewer than 19 random
+changes, or if a difference is not a number. A gain below 1e-5 of the mean measured size counts as rounding,
+not as a gain. No other threshold exists.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ PLURAL = {"rotation": "rotations", "skewed": "skewed gauges"}  # of Scores.gauge
 class Scores(dict):
     """{name: values (n, ...)}, one value a unit, of one measurement on several dictionaries or models.
 
-    "native" is the run's own. `gauges` (K, n, ...) holds the same for K random changes of the native dictionary
-    (None where they make no sense); `gauge` says of which kind these are.
+    "native" is the run's own. `gauges` (K, n, ...) holds the same for K random changes of the native
+    dictionary (None where they make no sense); `gauge` says of which kind these are.
     """
 
     def __init__(self, values=(), gauges=None, gauge="rotation"):
@@ -106,7 +106,7 @@ def effect(scores, unit, against=None, groups=None, lower=False):
 
 
 def signals(scores, unit, against=None, groups=None, lower=False):
-    """Is the native dictionary special, against scores.gauges (K, n) and the rivals `against`? Fields of a Claim."""
+    """Fields of a Claim: the native dictionary beats scores.gauges (K, n) and the rivals in `against`."""
     found = effect(scores, unit, against, groups, lower)
     sign = -1 if lower else 1
     means = np.asarray(scores.gauges, float).mean(1)  # (K,)

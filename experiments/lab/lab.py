@@ -61,7 +61,7 @@ def open_subject(name, ckpt, device):
 
 
 def open_newest(run=None, out="out"):
-    """The Checkpoint of `run`; None: of the newest run under `out` that is no plain GPT, else of the newest."""
+    """The Checkpoint of `run`; None: of the newest run under `out` with signals, else of the newest."""
     if run is None:
         for folder in checkpoint.runs(out):
             ckpt = checkpoint.open_run(folder, out)
@@ -128,15 +128,14 @@ class Lab:
             found = find_baseline(self.checkpoint)
             if found is None:
                 print(
-                    "no baseline beside this run: train config/gpt2_new_nano.py (or _mini), or give --baseline"
+                    "no baseline beside this run: train config/gpt2_new_nano.py (or _mini) or give --baseline"
                 )
                 return None
         else:
             found = checkpoint.open_run(self.config.baseline)
             if faults := baseline_faults(self.checkpoint, found):
-                raise UserError(
-                    f"--baseline={self.config.baseline} is no plain GPT of the same shape and data: {faults[0]}"
-                )
+                given = f"--baseline={self.config.baseline}"
+                raise UserError(f"{given} is no plain GPT of the same shape and data: {faults[0]}")
         return open_subject("baseline", found, self.device)
 
     @functools.cached_property
@@ -184,7 +183,7 @@ class Lab:
     # -- dictionaries -------------------------------------------------------------------------------
 
     def gauges(self, native, change=dictionary.rotated):
-        """19 random rotations (or another `change`) of a dictionary, the same in every claim, one at a time."""
+        """19 random rotations (or another `change`) of a dictionary, one by one; the same in every claim."""
         for i in range(N_GAUGES):
             yield change(native, torch.Generator().manual_seed(self.seed * 1000 + i))
 
@@ -203,8 +202,8 @@ class Lab:
         """Scores of measure(Dictionary) -> values (n, ...) for native, its 19 rotations, PCA and ICA.
 
         A measure that returns {metric: values} gives {metric: Scores}. `subject`: whose E (None: the run's).
-        `tokens` (m,): dictionaries of these tokens alone, so that codes are (m, S). `change`: rotated, or skewed
-        where rotations change nothing.
+        `tokens` (m,): dictionaries of these tokens alone, so that codes are (m, S). `change`: rotated, or
+        skewed where rotations change nothing.
         """
         subject = subject or self.model
 

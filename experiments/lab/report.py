@@ -63,7 +63,7 @@ class Report:
         self.scores(key, scores)
 
     def signals(self, key, scores, unit, against=None, groups=None, lower=False, published=""):
-        """Claim that scores.native (n,) beats scores.gauges and the rivals in `against` (None: all others)."""
+        """Claim that scores.native (n,) beats scores.gauges and the rivals `against` (None: all others)."""
         self.claim(key, rules.signals(scores, unit, against, groups, lower), published)
         self.scores(key, scores)
 
@@ -88,7 +88,7 @@ class Report:
 
     @contextmanager
     def figure(self, name, title, rows=1, columns=1, size=(9, 3.6), **grid):
-        """Yield axes to draw on; the figure is kept under `name`. The title states the finding with its numbers."""
+        """Yield axes; the figure is kept under `name`. The title states the finding with its numbers."""
         with plots.figure(rows, columns, size, **grid) as (fig, axes):
             yield axes
             plots.set_title(fig, title)
@@ -103,7 +103,7 @@ class Report:
 
     @property
     def folder(self):
-        """<run>/experiments/<name>; with options of one's own in looks/, so that a look leaves the record alone."""
+        """<run>/experiments/<name>. With own options it is in looks/: a look leaves the record alone."""
         parent = self.lab.results / LOOKS if self.options else self.lab.results
         return parent / self.experiment
 
@@ -157,7 +157,7 @@ def script(experiment):
 
 
 def code_sha256(experiment):
-    """Of all that a result depends on beside its runs: the script, lab/, the word lists, the model's modules."""
+    """Hash of all code that a result depends on: the script, lab/, the word lists, the model's modules."""
     files = [
         script(experiment),
         *(EXPERIMENTS / "lab").glob("*.py"),

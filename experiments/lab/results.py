@@ -3,8 +3,8 @@ What an experiment's result.json holds, field by field.
 
     python experiments/lab/results.py        writes experiments/result.schema.json anew
 
-Programs read results by `experiment` and `key`, never by the sentence of a claim. NaN and infinity are stored as
-null.
+Programs read results by `experiment` and `key`, never by the sentence of a claim. NaN and infinity are stored
+as null.
 """
 
 import json
@@ -80,7 +80,7 @@ class Claim:
     beats_gauges: bool | None = None
     """signals: whether the learned dictionary is better than all of them (p <= 0.05)."""
     p: float | None = None
-    """signals: probability of a rank at least as high if the learned dictionary were one of the random ones."""
+    """signals: probability of a rank this high if the learned dictionary were one of the random ones."""
     lower: bool = False
     """Whether smaller values are better."""
     published: str = ""
@@ -137,7 +137,7 @@ class Result:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the script that were not the defaults. With any of them a result is a look, not a claim."""
     code_sha256: str | None = None
-    """Of the script and all code and word lists that it depends on; null for results older than this field."""
+    """Of the script, its code and its word lists; null for results older than this field."""
     runs: list[Identity] | None = None
     """Of a study: the runs that it compares."""
 

@@ -44,7 +44,7 @@ def regress_out(codes, nuisance):
 
 
 def benjamini_hochberg(p, rate=0.05):
-    """Which p-values (n,) are discoveries at a false discovery rate (Benjamini & Hochberg, 1995), (n,) bool."""
+    """Which p-values (n,) are discoveries at a rate of false ones, (n,) bool (Benjamini & Hochberg, 1995)."""
     p = np.asarray(p)
     order = np.argsort(p)
     passed = np.nonzero(p[order] <= rate * np.arange(1, len(p) + 1) / len(p))[0]
