@@ -38,7 +38,7 @@ from reflow import Model
 
 CLAIMS = {
     "generalizes": "a signal chosen on half of the prompts lowers log p of the top token on the other half",
-    "strongest": "a prompt's strongest signal lowers log p of the top token by more than other dictionaries' do",
+    "strongest": "a prompt's strongest signal lowers log p of its top token more than in other dictionaries",
     "concentrated": "fewer signals hold 90 % of the contributions, by size, to top minus second logit",
 }
 PUBLISHED = "8.31 % to 0.03 % on one prompt, -5.7 nats (464M, OpenWebText)"
@@ -169,8 +169,8 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
     by_place = ", ".join(f"{place} {estimate(values)}" for place, values in sizes.items())
     report.notes += [
         f"Signal {signal}, chosen on the even prompts, promotes {promoted} and suppresses {suppressed}.",
-        f"Removing the strongest signal of a prompt changes the top token on {flips:.0%} of prompts. Removing "
-        f"the direction of word frequency lowers log p by {drop['frequency'].mean():.2f} nats.",
+        f"Removing the strongest signal of a prompt changes the top token on {flips:.0%} of prompts. "
+        f"Removing the direction of word frequency lowers log p by {drop['frequency'].mean():.2f} nats.",
         f"Mean size of the change of the logit difference, {N_INPUT_PROMPTS} prompts: {by_place}.",
     ]
     means = drop.means()
