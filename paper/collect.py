@@ -4,9 +4,9 @@ Gather what the paper is made of into paper/results, which is committed: enough 
     python paper/collect.py --runs=out/reflow-mini,out/gpt2-new-mini,out/reflow-nano,out/gpt2-new-nano
     python paper/collect.py --studies=out/studies --minis=out/minis --bench=out/bench.json
 
-A run brings its configuration, losses and curve (runs.json), and its experiments, if it has any. What is not
-named stays as it is. Nothing is written unless every result, new or kept, belongs to the very weights that
-runs.json describes.
+Of a run it takes the configuration, the losses and the curve (runs.json), and the results of its experiments.
+What is not named stays as it is. Nothing is written unless every result, new or kept, belongs to the weights
+that runs.json describes.
 """
 
 import json
@@ -53,7 +53,7 @@ def corpus(ckpt):
 
 
 def describe(ckpt):
-    """What runs.json holds of a run. One that export.py made of another has no curve and no speed."""
+    """The entry of a run in runs.json. A run that export.py made of another has no curve and no speed."""
     state = ckpt.state
     if state["whole_val_loss"] is None:
         raise UserError(
@@ -61,7 +61,8 @@ def describe(ckpt):
             " name the last checkpoint of a finished run"
         )
     metrics = ckpt.run / "metrics.jsonl"
-    steps, losses, speeds = (), (), []
+    steps, losses = (), ()
+    speeds = []
     if metrics.exists():
         steps, losses = loss_curve(ckpt.run)
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -114,35 +115,43 @@ def all_studies(folder):
     return found
 
 
-def main():
-    (c,) = configurator.parse(CollectConfig)
-    path = RESULTS / "runs.json"
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    copies = {}  # place in paper/results, without an ending -> folder of the result
+def gather(c, runs):
+    """{place in paper/results, without an ending: folder of a result}. Adds the runs to `runs`."""
+    places = {}
     for name in filter(None, c.runs.split(",")):
         ckpt = checkpoint.open_run(name)
         runs[ckpt.name] = describe(ckpt)
         found = results_in(ckpt.results, NAMES)
-        copies |= {f"{ckpt.name}/{experiment}": folder for experiment, folder in found.items()}
+        places |= {f"{ckpt.name}/{experiment}": folder for experiment, folder in found.items()}
         print(f"{ckpt.name}: step {ckpt.step}, {len(found)} experiments")
     if c.studies:
-        copies |= {f"studies/{name}": folder for name, folder in all_studies(c.studies).items()}
+        places |= {f"studies/{name}": folder for name, folder in all_studies(c.studies).items()}
         for ckpt in find_runs(f"{c.studies}/*"):
             runs[ckpt.name] = describe(ckpt)
     if c.minis:
-        copies |= {f"minis/{name}": folder for name, folder in all_studies(c.minis).items()}
+        places |= {f"minis/{name}": folder for name, folder in all_studies(c.minis).items()}
+    return places
+
+
+def main():
+    (c,) = configurator.parse(CollectConfig)
     if c.bench and not Path(c.bench).exists():
         raise UserError(f"no {c.bench}: make bench writes it; nothing was collected")
+    path = RESULTS / "runs.json"
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    places = gather(c, runs)
 
-    kept = {str(p.relative_to(RESULTS).with_suffix("")): p for p in RESULTS.glob("*/*.json")}
-    new = {name: folder / "result.json" for name, folder in copies.items()}
-    for origin in (kept | new).values():
-        check(read_result(origin), origin, runs)
-    for name, folder in copies.items():
-        (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
-        for file, ending in (("result.json", "json"), ("rows.csv", "csv")):
-            shutil.copyfile(folder / file, RESULTS / f"{name}.{ending}")
+    # Everything is checked before anything is written.
+    files = {str(p.relative_to(RESULTS).with_suffix("")): p for p in RESULTS.glob("*/*.json")}
+    files |= {place: folder / "result.json" for place, folder in places.items()}
+    for file in files.values():
+        check(read_result(file), file, runs)
+
     RESULTS.mkdir(parents=True, exist_ok=True)
+    for place, folder in places.items():
+        (RESULTS / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / "result.json", RESULTS / f"{place}.json")
+        shutil.copyfile(folder / "rows.csv", RESULTS / f"{place}.csv")
     if c.bench:
         shutil.copyfile(c.bench, RESULTS / "bench.json")
     write_atomically(path, json.dumps(runs, indent=1, sort_keys=True))

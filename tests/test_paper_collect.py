@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 import checkpoint
 from data.shards import Dataset
 from experiments.lab import Report
-from experiments.lab.lab import file_sha256
 from experiments.lab.results import read_result
 from paper import collect
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
@@ -61,7 +60,6 @@ def test_collect_keeps_no_result_of_another_checkpoint(tmp_path, monkeypatch):
     collected(monkeypatch, results, f"--runs={run}")
     weights = step / "model.safetensors"
     save_file(dict(tiny(seed=1).state_dict()), weights)  # the same configuration, trained again
-    file_sha256.cache_clear()
     before = files(results)
     for _ in range(2):  # the run's own results, then those that were collected before
         with pytest.raises(collect.UserError, match="was made from another run"):

@@ -1,0 +1,208 @@
+"""Write the README's two blocks, results and speed, from paper/results."""
+
+import textwrap
+
+import bench
+from configurator import UserError
+from paper.reading import PAPER, SUBJECT, claims, load, of_kind, supported, tested
+
+README = PAPER.parent / "README.md"
+SHOWN_SPEED = ("train", "sample")  # parts of bench.py in the README
+
+
+def number(e):
+    """An Estimate as text, three digits."""
+    if e.value is None:
+        return "–"
+    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
+
+
+def n_claims(found):
+    """How many claims, as text."""
+    return f"{len(found)} claim{'' if len(found) == 1 else 's'}"
+
+
+def paragraph(*sentences, indent=""):
+    """Sentences as a paragraph of lines that fit; `indent` is that of all lines but the first."""
+    options = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(" ".join(sentences), 120, **options)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Results. Every sentence counts what is there; one that would not hold is left out.
+
+
+def finding(run):
+    """What the experiments on a run found, as Markdown."""
+    found = claims(run).values()
+    effects = of_kind("effect", found)
+    signals = of_kind("signals", found)
+    special = supported(signals)
+    rotated = tested(signals)
+    beats = [claim for claim in rotated if claim.beats_gauges]
+    beaten = [claim for claim in beats if claim.verdict != "supported"]
+    lost = [claim for claim in signals if claim.verdict == "not supported"]
+    main = (
+        f"The learned signals are better than every alternative in {len(special)} of {len(signals)}"
+        " comparisons (signals claims)."
+    )
+    if lost:
+        main += (
+            f" In {len(lost)}, random changes of the signals, PCA, ICA, the embedding itself or a plain GPT"
+            " do as well within the uncertainty, or better."
+        )
+    sentences = [
+        f"**{main}**",
+        f"Of {len(effects)} effect claims (the model does something at all), {len(supported(effects))} are"
+        " supported: they beat the untrained model, shuffled recipes and the other chance controls.",
+        f"Random rotations of the signals are a control in {len(rotated)} of the {len(signals)} signals"
+        " claims.",
+        f"The learned signals beat all rotations in {len(beats)} of these {len(rotated)}.",
+    ]
+    if beaten:
+        rivals = "PCA, ICA, the embedding itself or the plain GPT"
+        sentences.append(f"In {len(beaten)} of these {len(beats)}, they do not clearly beat {rivals}.")
+    parts = [paragraph(*sentences)]
+    if special:
+        listed = [paragraph(f"- `{claim.experiment}`: {claim.claim}", indent="  ") for claim in special]
+        parts += ["Supported signals claims:", "\n".join(listed)]
+    return "\n\n".join(parts)
+
+
+def about_model(run):
+    """Which model the results are of, and its loss beside that of the others, as Markdown."""
+    runs = load("runs")
+    names = [name for name in SUBJECT["runs"].values() if name in runs]
+    losses = ", ".join(f"`{name}` {runs[name]['whole_val_loss']:.3f}" for name in names)
+    return paragraph(
+        f"The model is `{run}`: {runs[run]['parameters']:,} parameters,"
+        f" {runs[run]['tokens'] / 1e6:.2f}M training tokens.",
+        f"Validation losses in nats per token, one seed each: {losses}.",
+    )
+
+
+def about_plain(run):
+    """How the coordinates of the plain GPT's embedding do in the signals claims, as Markdown."""
+    plain = SUBJECT["coordinates"]
+    own = of_kind("signals", claims(run).values())
+    other = of_kind("signals", claims(plain).values())
+    n_own = sum(bool(claim.beats_gauges) for claim in tested(own))
+    n_other = sum(bool(claim.beats_gauges) for claim in tested(other))
+    is_rival = [claim for claim in other if "E" in claim.controls or "baseline" in claim.controls]
+    sentences = [
+        f"`{plain}` is a control without factors: a plain GPT with the coordinates of its embedding"
+        " as signals.",
+        f"Its coordinates beat all of their rotations in {n_other} of {n_claims(tested(other))}.",
+    ]
+    if n_other >= n_own:
+        sentences.append("A basis can therefore be privileged without a factored vocabulary.")
+    sentences += [
+        f"They beat every control in {len(supported(other))} of {n_claims(other)}.",
+        f"In {n_claims(is_rival)} this model is one of the controls, so it cannot win.",
+    ]
+    return paragraph(*sentences)
+
+
+def about_second(run):
+    """What the second seed says, as Markdown."""
+    second_name = SUBJECT["second"]
+    found = claims(run)
+    second = claims(second_name)
+    both = [name for name in found if name in second]
+    same = [name for name in both if second[name].verdict == found[name].verdict]
+    held = [name for name in both if found[name].verdict == "supported"]
+    held_again = supported([second[name] for name in held])
+    return paragraph(
+        f"A second seed, `{second_name}`, has the same verdict in {len(same)} of {n_claims(both)}.",
+        f"It supports {len(held_again)} of the {len(held)} claims that the first seed supports.",
+    )
+
+
+def about_hard():
+    """What the run with hard sparsity says, as Markdown."""
+    name = SUBJECT["runs"]["topk"]
+    found = claims(name).values()
+    effects = of_kind("effect", found)
+    signals = of_kind("signals", found)
+    special = supported(signals)
+    by_construction = [c for c in special if [c.experiment, c.key] in SUBJECT["favours_few_entries"]]
+    sentences = [
+        f"`{name}` was trained with hard top-k sparsity.",
+        f"It supports {len(supported(effects))} of {len(effects)} effect claims"
+        f" and {len(special)} of {len(signals)} signals claims.",
+    ]
+    if by_construction:
+        sentences.append(
+            f"Its few nonzero entries favour it by construction in {len(by_construction)} of these"
+            f" {len(special)}."
+        )
+    return paragraph(*sentences)
+
+
+def table(found):
+    """The claims with a published counterpart, as Markdown."""
+    lines = [
+        "| claim | published | measured, 95 % interval | decided by | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for claim in found:
+        if claim.published:
+            sentence = f"`{claim.experiment}`: {claim.claim}"
+            cells = (sentence, claim.published, number(claim.measured), claim.reason, claim.verdict)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def results_block():
+    """The README's results: the finding in words, then claims with a published counterpart, one figure."""
+    run = SUBJECT["runs"]["factored"]
+    parts = [
+        finding(run),
+        about_model(run),
+        about_plain(run),
+        about_second(run),
+        about_hard(),
+        "These claims have a published counterpart. The published models are far larger than this one:",
+        table(claims(run).values()),
+        paragraph(
+            "The figure shows all signals claims on one scale. The band is the range of random changes of the"
+            " signals that leave the model's function as it is. The diamond is the learned signals."
+        ),
+        "![Each signals claim: learned signals against random changes, PCA, ICA, E and the plain GPT]"
+        "(paper/figures/rivals.svg)",
+    ]
+    return "\n\n".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Speed, and the file
+
+
+def speed_block():
+    """The README's speed figures: rows that bench.py printed, as Markdown."""
+    found = load("bench")
+    c = found["config"]
+    name = c["config"].removeprefix("config/").removesuffix(".py")
+    lines = [
+        f"{name}, {c['batch_size']} x {c['length']} tokens;"
+        f" medians (lowest to highest) of {c['rounds']} interleaved rounds",
+        "",
+    ]
+    for part in SHOWN_SPEED:
+        lines.append(part)
+        lines += [f"  {line}" for line in bench.show(part, found[part])]
+    return "\n".join(["```", *lines, "```"])
+
+
+def readme():
+    """The README with its two generated blocks as they should be. Raises UserError if it has no marks."""
+    text = README.read_text(encoding="utf-8")
+    for name, block in (("results", results_block()), ("speed", speed_block())):
+        begin = f"<!-- {name}: written by paper/build.py -->"
+        end = f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, mark, after = rest.partition(end)
+        if not mark:
+            raise UserError(f"{README} has no marks '{begin}' and '{end}' around its {name}")
+        text = f"{before}{begin}\n{block}\n{end}{after}"
+    return text
