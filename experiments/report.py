@@ -4,9 +4,10 @@ One self-contained HTML page of a run's experiments: verdicts, figures, gallerie
     python experiments/report.py                  the newest run with signals
     python experiments/report.py --run=out/reflow-1
 
-It is written to <run>/experiments/report.html. The record is made of results that belong together: of the
-run's weights as they are now, of one baseline and one seed, without options. Others are left out, with the
-reason. Results of an earlier version of the code are marked. Looks, which have options, come last.
+The page is <run>/experiments/report.html. Its record holds results that belong together: they were made from
+the run's present weights, with one baseline and one seed, without options of the script. Other results are
+left out, with the reason. Results of an earlier version of the code are marked. Results with options of the
+script are looks and come last.
 """
 
 import base64
@@ -286,9 +287,9 @@ def main():
             looks_left_out[name] = fault
             del looks[name]
     if not record and not looks:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in list(left_out.items())[:1])
+        first = [f" ({name}: {reason})" for name, reason in left_out.items()][:1]
         again = f"run python experiments/run_all.py --run={place_of(ckpt)}"
-        raise UserError(f"no results of this run in {ckpt.results}{reasons}: {again}")
+        raise UserError(f"no results of this run in {ckpt.results}{''.join(first)}: {again}")
     path = ckpt.results / "report.html"
     write_atomically(path, page(ckpt, record, left_out, looks, looks_left_out))
     print(f"{path}: {len(record)} experiments, {path.stat().st_size / 1e6:.1f} MB")

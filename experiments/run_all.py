@@ -5,9 +5,9 @@ All twelve experiments on one run, or on several.
     python experiments/run_all.py --run=out/reflow-1 --only=ablate_signal,signal_lens
     python experiments/run_all.py --run=out/reflow-1,out/reflow-2  one after the other
 
-An experiment is skipped if the run holds its result, made by this very code from these very weights, baseline
-and seed. A failure stops nothing: it is shown, and the exit status is 1. `python experiments/report.py` then
-makes a page of the results.
+An experiment is skipped if the run has its result for the same code, weights, baseline and seed. If one
+fails, the error is shown, the others still run, and the exit status is 1. `python experiments/report.py`
+then makes a page of the results.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import configurator
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
-from experiments.lab.lab import open_newest
+from experiments.lab.lab import open_baseline, open_newest
 from experiments.lab.report import code_sha256, save_and_print
 from experiments.lab.results import read_result
 
@@ -52,12 +52,12 @@ class RunAllConfig:
 
 
 def split(text):
-    """The parts of a text that commas separate."""
+    """The parts of a text between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def chosen(only):
-    """The names that --only means, all for an empty one. Raises UserError."""
+    """The names in --only; all names if it is empty. Raises UserError for an unknown one."""
     names = split(only) or NAMES
     for name in names:
         if name not in NAMES:
@@ -68,7 +68,7 @@ def chosen(only):
 
 
 def up_to_date(lab, name):
-    """Whether the run holds this experiment's result for these very weights, baseline, seed and code."""
+    """Whether the run has this experiment's result for its weights, baseline, seed and code."""
     path = lab.results / name / "result.json"
     try:
         result = read_result(path)
@@ -89,7 +89,7 @@ def run_one(lab, name, again):
 
 
 def run_many(config, names, again):
-    """Run experiments on the run of a LabConfig; the names of those that failed, each shown."""
+    """Run experiments on the run of a LabConfig, show each failure, return the names that failed."""
     try:
         lab = Lab(config)
     except UserError as error:
@@ -112,8 +112,10 @@ def main():
     config, own = configurator.parse(LabConfig, RunAllConfig)
     names = chosen(own.only)
     runs = split(config.run or "") or [None]
-    for run in runs:
-        open_newest(run)  # a mistyped run is news before hours of work
+    for run in runs:  # a mistyped name is an error now, not after hours of work
+        ckpt = open_newest(run)
+        if config.baseline is not None:
+            open_baseline(config.baseline, ckpt)
     start = time.perf_counter()
     failed = {run: run_many(replace(config, run=run), names, own.again) for run in runs}
     n_all = len(runs) * len(names)

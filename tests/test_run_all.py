@@ -119,9 +119,13 @@ def test_several_runs_one_after_the_other(run, tmp_path, monkeypatch, capsys):
     assert f"failed: ablate_signal ({other})" in printed.err and "1 of 2 experiments" in printed.out
 
 
-def test_a_mistyped_name_is_news_before_the_first_experiment(run, monkeypatch):
+def test_a_wrong_name_is_an_error_before_the_first_experiment(run, monkeypatch):
     monkeypatch.setattr(ablate_signal, "run", None)
     with pytest.raises(UserError, match="did you mean ablate_signal"):
         start(monkeypatch, f"--run={run}", "--only=ablate")
     with pytest.raises(UserError, match="did you mean .*tiny"):
         start(monkeypatch, f"--run={run},{run}y", "--only=ablate_signal")
+    with pytest.raises(UserError, match="no run .*did you mean .*dense"):
+        start(monkeypatch, f"--run={run}", f"--baseline={run.parent / 'dens'}")
+    with pytest.raises(UserError, match="no plain GPT .* its vocabulary is factored"):
+        start(monkeypatch, f"--run={run}", f"--baseline={run}")

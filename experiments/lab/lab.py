@@ -102,6 +102,15 @@ def baseline_faults(ckpt, other):
     return faults
 
 
+def open_baseline(name, ckpt):
+    """The Checkpoint of a run given as the baseline of another. Raises UserError if it is no fit."""
+    found = checkpoint.open_run(name)
+    faults = baseline_faults(ckpt, found)
+    if faults:
+        raise UserError(f"--baseline={name} is no plain GPT of the same shape and data: {faults[0]}")
+    return found
+
+
 class Lab:
     """A run, its controls and its text. Everything beyond the run itself is made on first use."""
 
@@ -132,10 +141,7 @@ class Lab:
                 )
                 return None
         else:
-            found = checkpoint.open_run(self.config.baseline)
-            if faults := baseline_faults(self.checkpoint, found):
-                given = f"--baseline={self.config.baseline}"
-                raise UserError(f"{given} is no plain GPT of the same shape and data: {faults[0]}")
+            found = open_baseline(self.config.baseline, self.checkpoint)
         return open_subject("baseline", found, self.device)
 
     @functools.cached_property

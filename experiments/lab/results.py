@@ -159,9 +159,8 @@ def read_result(path):
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} is no result of this version ({where}: {first['msg']}): run it again"
-        ) from None
+        fault = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{path} is no result of this version ({fault}): run it again") from None
 
 
 def schema():
