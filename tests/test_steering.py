@@ -1,4 +1,4 @@
-"""Steering, forcing, editing: closed forms, planted directions, verdicts that fail; sample.py --steer."""
+"""Steering, editing: closed forms, planted directions, verdicts that fail; sample.py --steer."""
 
 import functools
 import subprocess
@@ -14,7 +14,7 @@ import sample
 from configurator import UserError
 from data.shards import Writer
 from data.tokenizer import END_OF_TEXT, encode
-from experiments import concept_inception, emotion_surgery, gene_tampering, lab
+from experiments import emotion_surgery, gene_tampering, lab
 from tests.lab_fixtures import open_lab, save_run, tiny, token, words
 
 COMMON = ["was", "is", "been", "seemed", "as", "found", "change", "argument", "country", "sounded"]
@@ -94,16 +94,13 @@ def labs(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(labs):
-    """Reports of the three experiments on the three runs; figures of the first only, since they are slow."""
+    """Reports of the two experiments on the three runs; figures of the first only, since they are slow."""
     found = {}
-    for module in (emotion_surgery, concept_inception, gene_tampering):
+    for module in (emotion_surgery, gene_tampering):
         for name, laboratory in labs.items():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, "NEW_TOKENS", 1, raising=False)
-                patch.setattr(module, "TARGETS", 24, raising=False)
                 if name != "planted":
-                    patch.setattr(module, "HALVINGS", 2, raising=False)
-                    patch.setattr(module, "GRID", (0.25, 1.0, 4.0, 64.0), raising=False)
                     patch.setattr(module, "SIDES", {"both": (True, True)}, raising=False)
                     patch.setattr(module, "figures", lambda *_: None)
                     patch.setitem(laboratory.__dict__, "baseline", None)
@@ -199,70 +196,6 @@ def test_an_untrained_model_has_no_sentiment(reports, labs):
         ]
         false += lab.effect("", found[0], {"random": found[1]}, "").verdict == "supported"
     assert false <= 3  # of 20, each with a chance of 2.5 %
-
-
-# -- concept inception
-
-
-def test_the_closed_form_agrees_with_brute_force():
-    torch.manual_seed(0)
-    E, weight = torch.randn(30, 6).double(), torch.rand(6).double() + 0.5
-    h, targets = torch.randn(30, 6).double(), torch.arange(30)
-    u = concept_inception.unit(E[targets] + 0.5 * torch.randn(30, 6))
-    low, high = concept_inception.closed_form(E, weight, h, u, targets)
-    alpha = torch.linspace(0, 20, 4001).double()
-    x = h[:, None] + alpha[:, None] * h.norm(dim=-1)[:, None, None] * u[:, None]  # (n, A, d)
-    wins = ((x * weight) @ E.T).argmax(-1) == targets[:, None]
-    inside = (alpha > low[:, None]) & (alpha < high[:, None])
-    away = ((alpha - low[:, None]).abs() > 1e-6) & ((alpha - high[:, None]).abs() > 1e-6)
-    assert (wins == inside)[away].all()
-    assert wins.any(1).sum() > 5 and (~wins.any(1)).sum() > 2
-    assert (torch.isfinite(high) & (low < high)).any()  # a target that is lost again
-
-
-def test_bisection_agrees_with_the_closed_form_through_idle_blocks(labs):
-    subject = labs["planted"].reflow
-    idx = torch.tensor([[token(w) for w in pair] for pair in pairs()[:20]])
-    targets = torch.tensor([token(pair[0]) for pair in pairs()[20:40]])
-    u = concept_inception.unit(subject.E[targets])
-    contexts = concept_inception.Contexts(subject.net, idx)
-    exact = concept_inception.last_layer(subject, subject.E[idx[:, -1]], u, targets)
-    assert np.isfinite(exact).sum() > 8
-    for layer in range(3):
-        found, _ = concept_inception.critical(subject, contexts, targets, u, layer)
-        both = np.isfinite(exact) & (exact > concept_inception.GRID[0])
-        assert (np.isfinite(found) == np.isfinite(exact)).all()
-        assert (np.abs(found / exact - 1)[both] < 0.07).all()
-
-
-def test_cached_contexts_give_the_uncached_stream():
-    net, idx = tiny(), torch.arange(40).view(4, 10)
-    u = concept_inception.unit(torch.randn(4, 16))
-    dose = torch.tensor([0.0, 1.0, 2.0, 5.0])
-    contexts = concept_inception.Contexts(net, idx)
-    for layer in range(3):
-        for i in range(4):
-            with lab.steering(net, u[i], dose[i], [layer], slice(-1, None)):
-                whole = net.encode(idx[i : i + 1])[0, -1]
-            torch.testing.assert_close(contexts.hidden(u, dose, layer)[i], whole)
-
-
-def test_survival_by_hand():
-    times, share = concept_inception.kaplan_meier(np.array([1.0, 2.0, 2.0, np.inf]))
-    assert times.tolist() == [1, 2] and share == pytest.approx([0.75, 0.25])
-    assert concept_inception.kaplan_meier(np.full(3, np.inf))[0].size == 0
-
-
-def test_long_rows_force_and_untrained_rows_force_as_well_as_any(reports):
-    """Forcing is geometry: an untrained model does it, so its claim must fail against another such."""
-    report = reports[concept_inception, "planted"]
-    assert verdicts(report)[0] == "supported"
-    assert report.numbers["closed_form_largest_relative_error"] < 0.07
-    assert report.numbers["share_forced_controls"]["random"] < 0.2
-    assert [figure["file"] for figure in report.figures] == ["critical_alpha.png"]
-    assert verdicts(reports[concept_inception, "untrained"])[0] == "not supported"
-    assert verdicts(reports[concept_inception, "turned"])[1] == "not supported"
-    assert "beats 19 rotations" in report.claims[1].reason
 
 
 # -- gene tampering
