@@ -25,6 +25,8 @@ COLOURS = {
     "baseline": "#009E73",
     "step 0": "#CC79A7",
     "shuffled": "#56B4E9",
+    "shuffled labels": "#56B4E9",
+    "diffmean": "#F0E442",
     "other": "#F0E442",
     "E": "#000000",
     "factored": "#0072B2",
