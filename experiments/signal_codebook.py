@@ -1,50 +1,62 @@
 """
-What does each signal mean? A codebook of all signals, and whether their meanings are those of any rotation.
+What does each signal mean? A codebook of all signals, and a test against the signals of other dictionaries.
 
     python experiments/signal_codebook.py --run=out/reflow-nano
 
-Claims
-  effect   signals carry meaning: more of them are enriched for a category of words than before training, than
-           with recipes shuffled among tokens of like frequency, and than with permuted labels.
-  signals  they carry more of it than other signals do: a native signal separates its category from the other
-           words better than a signal of a random rotation, of PCA, of ICA, and than a coordinate of E and of
-           the plain GPT's E.
+Method
+    A signal's column of codes ranks all tokens. The codebook lists both ends, of tokens known from training.
 
-Method. A signal's column of codes ranks all tokens: the codebook lists both ends. Enrichment: rank-sum test
-of a category's words among all labelled words, z with the variance of the ranks at hand (right for ties), a
-normal approximation, Benjamini-Hochberg over signals x categories at 5 %. Before, codes are freed of their
-regression on log frequency and its square: words for money are commoner than those for crops and signals
-follow frequency (Spearman is on every card), which would pass for meaning. Held-out z: a signal's category
-and sign are chosen on half of every category's words, z is taken from the other half, both ways; by chance
-its mean is 0. Class, after Bloom & Lin's reading of logit weights (2024; thresholds ours): prediction or
-suppression, by the sign of the skew, if the excess kurtosis is above 3, a Laplace distribution's; else
-partition if the bimodality coefficient (skew^2 + 1) / kurtosis is above 5/9, a uniform one's; else diffuse.
+    Enrichment: rank-sum test of a category's words among all labelled words. z has the variance of the
+    observed ranks, which is right for ties; p is of the normal approximation. Discoveries are those of
+    Benjamini and Hochberg, over signals x categories, at 5 %. Tested are the residuals of the codes from a
+    regression on log frequency and its square: words for money are more frequent than those for crops, and
+    signals follow frequency (Spearman is on every card), which would look like meaning.
 
-Unit: a signal. Dictionaries share no signals, so rivals are paired at random (`pair_up`): an unpaired test.
+    Held-out z: a signal's category and sign are chosen on half of every category's words, z is of the other
+    half; mean of both ways. By chance its mean is 0. Dictionaries share no signals, so a rival's values are
+    paired at random (`pair_up`), which makes it an unpaired test. Unit: a signal. Signals of one dictionary
+    share their words, so intervals over signals are of this word list, not of others.
 
-Cost: no forward pass; 36 rankings of about a thousand words by S signals.
+    Class of a column, after Bloom & Lin's reading of logit weights (2024; thresholds ours): prediction or
+    suppression, by the sign of the skew, if the excess kurtosis is above 3, a Laplace distribution's; else
+    partition if (skew^2 + 1) / kurtosis is above 5/9, a uniform distribution's; else diffuse.
+
+Cost
+    No forward pass. 36 rankings of about a thousand words by S signals.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import numpy as np
-from scipy.special import erfc
-from scipy.stats import rankdata
 
-from experiments import lab
+from data.words import Words
+from dictionary import Dictionary
+from experiments.lab import Lab, Report, Scores, run_experiment
+from experiments.lab.claims import to_numpy
+from experiments.lab.plots import COLOURS, plot_heat_map
+from experiments.lab.probes import labelled
+from experiments.lab.stats import benjamini_hochberg, kurtosis, regress_out
 
+CLAIMS = {
+    "enriched": "more signals are enriched for a category of words than before training or by random labels",
+    "separates": "a native signal separates its category from other words better than other signals do",
+}
 PUBLISHED = "one strong signal's codebook: the, a, in, to, an, at (464M, OpenWebText)"
+CONTROLS = ("step 0", "shuffled", "permuted labels")
 LABELLINGS = 10  # permuted labels
 SAMPLE = 5000  # tokens of the column statistics
 
 
 def enrichment(codes, labels):
     """Rank-sum z of each category (labels (n,), 0 to C - 1) in each column of codes (n, S), (C, S)."""
-    n, ranks = len(codes), rankdata(codes, axis=0)  # (n, S)
+    from scipy.stats import rankdata  # takes a second to import
+
+    n = len(codes)
+    ranks = rankdata(codes, axis=0)  # (n, S)
     member = np.equal.outer(np.arange(labels.max() + 1), labels).astype(float)  # (C, n)
     size = member.sum(1)[:, None]  # (C, 1)
     excess = member @ ranks - size * (n + 1) / 2  # (C, S)
@@ -52,20 +64,16 @@ def enrichment(codes, labels):
     return np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0)
 
 
-def without(codes, nuisance):
-    """codes (n, S) less their least squares fit on 1, nuisance (n,) and its square."""
-    q = np.linalg.qr(np.vander(nuisance - nuisance.mean(), 3)).Q  # (n, 3)
-    return codes - q @ (q.T @ codes)
-
-
 def p_values(z):
     """Two-sided, normal approximation."""
+    from scipy.special import erfc
+
     return erfc(np.abs(z) / np.sqrt(2))
 
 
-def enriched(z):
+def discoveries(z):
     """Which categories are discoveries at which signals: z (C, S) -> bool (C, S)."""
-    return lab.benjamini_hochberg(p_values(z).ravel()).reshape(z.shape)
+    return benjamini_hochberg(p_values(z).ravel()).reshape(z.shape)
 
 
 def halves(labels, rng):
@@ -95,179 +103,158 @@ def pair_up(values, n, rng):
     return rng.permutation(np.diff(at) * n)
 
 
-def column_shape(codes, log_frequency):
-    """Of each column of codes (n, S): Spearman with frequency, skew, excess kurtosis, class, each (S,)."""
+def column_shapes(codes, log_frequency):
+    """{quantity: (S,)} of the columns of codes (n, S) of tokens with log_frequency (n,)."""
+    from scipy.stats import rankdata
+
     ranks = rankdata(np.column_stack([log_frequency, codes]), axis=0)
     ranks -= ranks.mean(0)
     norms = np.sqrt((ranks**2).sum(0))
     spearman = ranks[:, 0] @ ranks[:, 1:] / np.maximum(norms[0] * norms[1:], 1e-30)
     x = codes - codes.mean(0)
     skew = (x**3).mean(0) / np.maximum((x**2).mean(0) ** 1.5, 1e-30)
-    kurtosis = lab.kurtosis(codes.T)
-    kinds = np.where((skew**2 + 1) / (kurtosis + 3) > 5 / 9, "partition", "diffuse")
+    excess = kurtosis(codes.T)
+    flat = np.where((skew**2 + 1) / (excess + 3) > 5 / 9, "partition", "diffuse")
     sharp = np.where(skew > 0, "prediction", "suppression")
-    return spearman, skew, kurtosis, np.where(kurtosis > 3, sharp, kinds)
+    kind = np.where(excess > 3, sharp, flat)
+    return {"Spearman with log frequency": spearman, "skew": skew, "excess kurtosis": excess, "class": kind}
 
 
-def run(laboratory):
-    report = lab.Report(laboratory, "signal_codebook")
-    subject, baseline = laboratory.reflow, laboratory.baseline
-    words = laboratory.categories()
-    names = list(words)
-    ids = np.concatenate([words[c] for c in names])
-    labels = np.repeat(np.arange(len(names)), [len(words[c]) for c in names])
-    rng = laboratory.rng("codebook")
-    first = halves(labels, rng)
-    known = laboratory.known_tokens()
-    sample = np.sort(rng.permutation(known)[:SAMPLE])
-    log_frequency = np.log(laboratory.counts[sample])
+@dataclass
+class Codebook:
+    """The signals of one dictionary, each with its tokens, its categories and the shape of its column."""
 
-    def codes_of(dictionary, tokens=ids):
-        return dictionary.codes[tokens].double().cpu().numpy()  # (n, S)
+    dictionary: Dictionary
+    words: Words
+    names: list[str]  # of the categories
+    z: np.ndarray  # of every category, (C, S)
+    heldout: np.ndarray  # held-out z, (S,)
+    shapes: dict[str, np.ndarray]  # of column_shapes
 
-    spins = list(laboratory.rotations(subject.dictionary))
-    dictionaries = {"native": subject.dictionary, **laboratory.rivals(subject)}
-    dictionaries |= {"step 0": laboratory.step0.dictionary, "shuffled": laboratory.shuffled.dictionary}
-    dictionaries["E"] = lab.Dictionary("E", subject.E, subject.E.new_ones(subject.E.size(1)).diag())
-    if baseline:
-        dictionaries["baseline"] = baseline.dictionary
-    dictionaries |= {f"rotated {i}": d for i, d in enumerate(spins)}
-    frequency = np.log(laboratory.counts[ids])
-    codes = {name: without(codes_of(d), frequency) for name, d in dictionaries.items()}
-    z = {name: enrichment(c, labels) for name, c in codes.items()}  # (C, S) each
-    found = {name: enriched(values) for name, values in z.items()}
-    held = {name: heldout_z(c, labels, first) for name, c in codes.items()}
-    permuted = [enriched(enrichment(codes["native"], rng.permutation(labels))) for _ in range(LABELLINGS)]
+    def ends(self, s):
+        """The most promoted and the most suppressed tokens of signal s, as text."""
+        column = self.dictionary.codes[:, s]
+        return {"promoted": self.words.top(column, 8), "suppressed": self.words.top(-column, 8)}
 
-    n_signals = len(subject.dictionary.atoms)
-    numbers, spun = {}, [f"rotated {i}" for i in range(len(spins))]
-    for name, like in ({n: [n] for n in codes if n not in spun} | {"rotated": spun}).items():
-        values = {
-            "enriched share": [found[n].any(0).mean() for n in like],
-            "best |z|": [np.abs(z[n]).max(0).mean() for n in like],
-            "held-out z": [held[n].mean() for n in like],
-        }
-        numbers[name] = {metric: float(np.mean(v)) for metric, v in values.items()}
-        for metric, value in numbers[name].items():
-            report.row(metric, value, dictionary=name)
-    report.row("enriched share", np.mean([p.any(0).mean() for p in permuted]), control="permuted labels")
+    def cards(self, title, signals):
+        """Three lines of text for each of `signals`, under a title."""
+        lines = [f"{title}:"]
+        for s in signals:
+            spearman, skew, excess, kind = (column[s] for column in self.shapes.values())
+            best = np.argsort(-np.abs(self.z[:, s]))[:3]
+            categories = ", ".join(f"{self.names[c]} {self.z[c, s]:+.1f}" for c in best)
+            ends = self.ends(s)
+            lines.append(
+                f"  {s:4d}  {categories} (held out {self.heldout[s]:+.1f}); {kind}, "
+                f"frequency {spearman:+.2f}, skew {skew:+.1f}, kurtosis {excess:+.1f}"
+            )
+            lines += [f"        + {ends['promoted']}", f"        - {ends['suppressed']}"]
+        return "\n".join(lines) + "\n"
 
-    report.claim(
-        lab.effect(
-            f"signals are enriched for one of {len(names)} categories of words (share of signals)",
-            found["native"].any(0).astype(float),
-            {"step 0": found["step 0"].any(0), "shuffled": found["shuffled"].any(0)}
-            | {"permuted labels": np.mean([p.any(0) for p in permuted], axis=0)},
-            "signals",
-            published=PUBLISHED,
-        )
-    )
-    rivals = [name for name in ("pca", "ica", "E", "baseline") if name in held]
-    report.claim(
-        lab.signals(
-            "a native signal separates its category better than any other signal does (held-out z)",
-            held["native"],
-            [held[name] for name in spun],
-            {name: pair_up(held[name], n_signals, rng) for name in rivals},
-            "signals",
-        )
-    )
+    def write(self, report):
+        """Rows of every signal."""
+        found = discoveries(self.z)
+        for s in range(self.dictionary.n_signals):
+            values = {name: column[s] for name, column in self.shapes.items()} | self.ends(s)
+            values |= {f"z of {self.names[c]}": self.z[c, s] for c in np.flatnonzero(found[:, s])}
+            for metric, value in values.items():
+                report.row(metric, value, signal=s)
 
-    shapes = {}
-    for name, d in {"native": subject.dictionary, "rotated": spins[0]}.items():
-        shapes[name] = column_shape(codes_of(d, sample), log_frequency)
-        spearman, _, _, kinds = shapes[name]
-        numbers[name] |= {"largest |Spearman|": float(np.abs(spearman).max())}
-        numbers[name] |= {kind: int(n) for kind, n in zip(*np.unique(kinds, return_counts=True), strict=True)}
-    raw = enriched(enrichment(codes_of(subject.dictionary), labels)).any(0).mean()
+
+def other_dictionaries(lab):
+    """{name: Dictionary}: untrained and shuffled recipes, coordinates of E and of the plain GPT's E."""
+    E = lab.model.E
+    found = {"step 0": lab.step0.dictionary, "shuffled": lab.shuffled.dictionary}
+    found["E"] = Dictionary("E", E, E.new_ones(E.size(1)).diag())
+    if lab.baseline:
+        found["baseline"] = lab.baseline.dictionary
+    return found
+
+
+def run(lab: Lab, config=None) -> Report:
+    report = Report(lab, "signal_codebook", CLAIMS)
+    native = lab.model.dictionary
+    ids, labels, names = labelled(lab.words)
+    rng = lab.rng("codebook")
+    half = halves(labels, rng)
+    sample = np.sort(rng.permutation(lab.words.known_tokens())[:SAMPLE])
+
+    def residuals(d):
+        """Codes (n, S) of the labelled words alone, without what frequency explains."""
+        return regress_out(to_numpy(d.codes), np.log(lab.words.counts[ids]))
+
+    def measure(d):
+        codes = residuals(d)
+        is_enriched = discoveries(enrichment(codes, labels)).any(0)
+        return {"enriched share": is_enriched, "held-out z": heldout_z(codes, labels, half)}
+
+    # In every dictionary: which signals are enriched, and how well they separate words not used to choose.
+    found = lab.compare(measure, tokens=ids)
+    for name, d in other_dictionaries(lab).items():
+        for metric, values in measure(d.part(ids)).items():
+            found[metric][name] = values
+    for metric, scores in found.items():
+        for name, values in {**scores, "rotated": scores.gauges}.items():
+            report.numbers.setdefault(name, {})[metric] = values.mean()
+
+    share, held = found["enriched share"], found["held-out z"]
+    codes = residuals(native.part(ids))
+    permuted = [discoveries(enrichment(codes, rng.permutation(labels))) for _ in range(LABELLINGS)]
+    share["permuted labels"] = np.mean([each.any(0) for each in permuted], axis=0)
+    report.effect("enriched", share, "signals", CONTROLS, published=PUBLISHED)
+    paired = Scores({"native": held.native}, held.gauges)
+    for name in ("pca", "ica", "E", "baseline"):
+        if name in held:
+            paired[name] = pair_up(held[name], native.n_signals, rng)
+    report.signals("separates", paired, "signals")
+
+    # How many signals would be enriched if the codes kept what frequency explains.
+    raw = discoveries(enrichment(to_numpy(native.part(ids).codes), labels)).any(0).mean()
     report.row("enriched share, frequency left in", raw, dictionary="native")
-    numbers["native"]["enriched share, frequency left in"] = float(raw)
-    report.numbers = numbers | {"words": len(ids), "categories": names}
-    ends = {"native": codebook(subject.dictionary, known), "rotated": codebook(spins[0], known)}
-    for s in range(n_signals):
-        spearman, skew, kurtosis, kinds = (values[s] for values in shapes["native"])
-        report.row("Spearman with log frequency", spearman, signal=s)
-        report.row("skew", skew, signal=s)
-        report.row("excess kurtosis", kurtosis, signal=s)
-        report.row("class", kinds, signal=s)
-        report.row("promoted", "|".join(ends["native"][0][s]), signal=s)
-        report.row("suppressed", "|".join(ends["native"][1][s]), signal=s)
-        for c in np.flatnonzero(found["native"][:, s]):
-            report.row(f"z of {names[c]}", z["native"][c, s], signal=s)
-
-    parts = []
-    for name, label in (("native", "native"), ("rotated", "rotated 0")):
-        chosen = np.abs(enrichment(codes[label][first], labels[first])).max(0)  # (S,)
-        best = np.argsort(-chosen, kind="stable")[:5]
-        for title, which in (("the five best on half of the words", best), ("not chosen", range(10))):
-            parts.append(f"{name} signals, {title}:")
-            parts += [
-                card(s, ends[name], shapes[name], z[label], held[label], names)
-                for s in which
-                if s < n_signals
-            ]
-    report.gallery = "\n".join(parts)
+    report.numbers["native"]["enriched share, frequency left in"] = raw
+    report.numbers |= {"words": len(ids), "categories": names}
     report.notes.append(f"With frequency left in, {raw:.0%} of the native signals would count as enriched.")
-    report.notes.append(
-        "Enrichment counts discoveries at 5 % of signals x categories. Signals of one dictionary share their "
-        "words, so intervals over signals are of this word list, not of others."
-    )
-    figures(report, z["native"], held, names)
+
+    # The codebook, of the native signals and of one random rotation.
+    log_frequency = np.log(lab.words.counts[sample])
+    for name, d in {"native": native, "rotated": next(lab.gauges(native))}.items():
+        codes = residuals(d.part(ids))
+        chosen = np.abs(enrichment(codes[half], labels[half])).max(0)  # (S,)
+        best = np.argsort(-chosen, kind="stable")[:5]
+        z, held_z = enrichment(codes, labels), heldout_z(codes, labels, half)
+        shapes = column_shapes(to_numpy(d.part(sample).codes), log_frequency)
+        book = Codebook(d, lab.words, names, z, held_z, shapes)
+        kinds, counts = np.unique(shapes["class"], return_counts=True)
+        report.numbers[name] |= dict(zip(kinds, counts, strict=True))
+        report.numbers[name]["largest |Spearman|"] = np.abs(shapes["Spearman with log frequency"]).max()
+        report.gallery += book.cards(f"{name} signals, the five best on half of the words", best)
+        report.gallery += book.cards(f"{name} signals, not chosen", range(min(10, d.n_signals)))
+        if name == "native":
+            book.write(report)
+            draw(report, z, held, names)
     return report
 
 
-def codebook(dictionary, known, k=8):
-    """The k most promoted and k most suppressed known tokens of each signal, as text: two (S, k) lists."""
-    part = dictionary.codes[known]  # (n, S)
-    ends = (part.topk(k, dim=0, largest=largest).indices.T.tolist() for largest in (True, False))
-    return [[[lab.show(known[i]) for i in row] for row in rows] for rows in ends]
-
-
-def card(s, ends, shape, z, held, names):
-    """One signal as three lines of text."""
-    spearman, skew, kurtosis, kind = (values[s] for values in shape)
-    best = np.argsort(-np.abs(z[:, s]))[:3]
-    labels = ", ".join(f"{names[c]} {z[c, s]:+.1f}" for c in best)
-    return (
-        f"  {s:4d}  {labels} (held out {held[s]:+.1f}); {kind}, frequency {spearman:+.2f}, "
-        f"skew {skew:+.1f}, kurtosis {kurtosis:+.1f}\n"
-        f"        + {'|'.join(ends[0][s])}\n        - {'|'.join(ends[1][s])}"
-    )
-
-
-def figures(report, z, held, names):
-    plt = lab.pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=(1.7, 1), layout="constrained")
-    shown = np.arange(min(32, z.shape[1]))
-    shown = shown[np.argsort(np.abs(z[:, shown]).argmax(0), kind="stable")]
-    limit = np.abs(z[:, shown]).max()
-    image = left.imshow(z[:, shown], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    left.set(xlabel="signal (the first 32, ordered by their category)", yticks=range(len(names)))
-    left.set_yticklabels(names, fontsize=7)
-    left.set_xticks(range(len(shown)), shown, fontsize=6, rotation=90)
-    left.grid(False)
-    fig.colorbar(image, ax=left, label="enrichment, rank-sum z", shrink=0.8)
-    spins = np.concatenate([v for name, v in held.items() if name.startswith("rotated")])
-    curves = {"rotated": spins} | {n: held[n] for n in ("pca", "ica", "baseline", "step 0") if n in held}
-    for name, values in {"native": held["native"], **curves}.items():
-        values = np.sort(values)
-        right.plot(
-            values,
-            np.linspace(0, 1, len(values)),
-            color=lab.COLOURS[name],
-            label=f"{name}, mean {values.mean():.2f}",
-            lw=2 if name == "native" else 1.2,
-        )
-    right.set(xlabel="held-out z of a signal's category", ylabel="share of signals below")
-    right.legend(loc="lower right")
-    share, numbers = report.claims[0], report.numbers
+def draw(report, z, held, names):
+    """Enrichment of the first signals in all categories; distributions of the held-out z."""
+    share, separates = report["enriched"], report["separates"]
     title = (
         f"{share.measured.value:.0%} of signals are enriched for a category ({share.verdict}); held-out z "
-        f"{numbers['native']['held-out z']:.2f} against {numbers['rotated']['held-out z']:.2f} of random "
-        f"rotations ({report.claims[1].verdict})"
+        f"{held.native.mean():.2f} against {held.gauges.mean():.2f} of random rotations ({separates.verdict})"
     )
-    report.figure(fig, "codebook", title)
+    shown = np.arange(min(32, z.shape[1]))
+    shown = shown[np.argsort(np.abs(z[:, shown]).argmax(0), kind="stable")]
+    curves = {name: held[name] for name in ("native", "pca", "ica", "baseline", "step 0") if name in held}
+    curves["rotated"] = held.gauges.ravel()
+    with report.figure("codebook", title, 1, 2, size=(11, 5.2), width_ratios=(1.7, 1)) as (left, right):
+        plot_heat_map(left, z[:, shown], shown, names, "enrichment, rank-sum z")
+        left.set(xlabel=f"signal (the first {len(shown)}, ordered by their category)")
+        for name, values in curves.items():
+            below = np.linspace(0, 1, len(values))
+            right.plot(np.sort(values), below, color=COLOURS[name], label=f"{name}, mean {values.mean():.2f}")
+        right.set(xlabel="held-out z of a signal's category", ylabel="share of signals below")
+        right.legend(loc="lower right")
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    run_experiment(run)
