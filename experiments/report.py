@@ -59,7 +59,8 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 
 def read_results(folder):
     """({name: Result} of the experiments in a folder, {name: why a result cannot be read})."""
-    results, unreadable = {}, {}
+    results = {}
+    unreadable = {}
     for name in NAMES:
         path = folder / name / "result.json"
         if not path.exists():
@@ -72,7 +73,7 @@ def read_results(folder):
 
 
 def conditions(result):
-    """What all results of a record share: the seed, and the weights of the baseline."""
+    """(seed, weights of the baseline): equal for all results of a record."""
     baseline = {name: sha for name, sha in result.made_from.items() if name != result.run.name}
     return result.seed, tuple(sorted(baseline.items()))
 
@@ -100,10 +101,11 @@ def sort_results(results, ckpt):
             left_out[name] = fault
     kept = {name: result for name, result in results.items() if name not in left_out}
     if kept:
-        (usual, _), *_ = Counter(map(conditions, kept.values())).most_common(1)
+        usual = Counter(map(conditions, kept.values())).most_common(1)[0][0]
+        usual_seed, _ = usual
         for name, result in kept.items():
-            if result.seed != usual[0]:
-                left_out[name] = f"made with seed {result.seed}; the others have seed {usual[0]}"
+            if result.seed != usual_seed:
+                left_out[name] = f"made with seed {result.seed}; the others have seed {usual_seed}"
             elif conditions(result) != usual:
                 baseline = ", ".join(key for key in result.made_from if key != result.run.name) or "none"
                 left_out[name] = f"made with another baseline ({baseline}) than the others"
@@ -207,7 +209,7 @@ def section(result, folder, place):
 
 
 def notices(record, left_out, place):
-    """What is missing, left out or old, each with the command that changes it."""
+    """What is missing, left out or old, each with the command that brings it up to date."""
     parts = []
     seeds = {result.seed for result in record.values()} - {0}
     run_all = f"python experiments/run_all.py --run={place}" + "".join(f" --seed={seed}" for seed in seeds)
@@ -219,7 +221,7 @@ def notices(record, left_out, place):
         again = command(f"{run_all} --only={','.join(left_out)}")
         reasons = "".join(f"<li>{name}: {escape(reason)}</li>" for name, reason in left_out.items())
         parts.append(
-            f"<div class=mark>Left out, since they do not belong here:<ul>{reasons}</ul>Run {again}</div>"
+            f"<div class=mark>Left out, because they do not belong here:<ul>{reasons}</ul>Run {again}</div>"
         )
     old = [name for name, result in record.items() if is_old(result)]
     if old:
@@ -236,7 +238,7 @@ def look_part(looks, left_out, folder, place):
         return ""
     reasons = "".join(f"<li>{name}: {escape(reason)}</li>" for name, reason in left_out.items())
     return (
-        "<h1>Looks</h1><p>Results with options of one's own: examples, not part of the record.</p>"
+        "<h1>Looks</h1><p>Results with options of the script: examples, not part of the record.</p>"
         + (f"<div class=mark>Left out:<ul>{reasons}</ul></div>" if reasons else "")
         + "\n".join(section(look, folder / name, place) for name, look in looks.items())
     )
@@ -260,8 +262,8 @@ def page(ckpt, record, left_out, looks, looks_left_out):
 {len(verdicts)} claims: {counts}.</p>
 <p>An <b>effect</b> claim is supported if the 95 % bootstrap interval of its gain over every chance control
 lies above zero; a <b>signals</b> claim if the learned dictionary beats at least 19 random rotations of
-itself, which are the same function, and every rival (PCA, ICA, ...). Not supported means that these data do
-not show it.</p>
+itself (they leave the model's function unchanged) and every rival (PCA, ICA, ...). Not supported means that
+these data do not show it.</p>
 {notices(record, left_out, place)}{summary(record)}
 {sections}
 {look_part(looks, looks_left_out, ckpt.results / LOOKS, place)}

@@ -5,16 +5,16 @@ What does the factored vocabulary cost or gain in loss, at equal depth and at eq
 
 Method
     Runs are paired by seed: both models of a pair saw the same tokens in the same order. A gap is the
-    relative loss above the dense model, in nats per token over the whole validation split. Equal parameters:
-    the dense loss at the factored model's number of parameters, on a line in log parameters through the two
-    nearest dense sizes of that seed. Beyond the smallest and largest size that is an extrapolation, and the
-    table says so. The claims are about the largest size, and about its change from the smallest. A claim is
-    supported if the 95 % t interval over pairs lies on its side, and inconclusive with fewer than three
-    pairs. With three seeds that is a weak test; rows.csv holds the values of all pairs. This is no scaling
-    law: three sizes span a factor of four in parameters, at one number of tokens.
+    relative difference in loss to the dense model (whole validation split). Equal parameters: the dense loss
+    at the factored model's number of parameters, on a line in log parameters through the two nearest dense
+    sizes of that seed. Below the smallest and above the largest size this is an extrapolation, which the
+    table marks. The claims are about the largest size, and about its change from the smallest. A claim is
+    supported if the 95 % t interval over pairs lies on its side of the limit, and inconclusive with fewer
+    than three pairs. With three seeds this is a weak test; rows.csv has the values of all pairs. This is no
+    scaling law: three sizes span a factor of four in parameters, at one number of tokens.
 
 Cost
-    Seconds: it reads metrics and no weights.
+    Seconds: it reads losses, no weights.
 """
 
 import sys

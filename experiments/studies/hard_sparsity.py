@@ -4,15 +4,15 @@ What does hard sparsity (ReLU, then the k largest entries of a recipe) do to los
     python experiments/studies/hard_sparsity.py --runs='out/studies/*'
 
 Method
-    The largest shape of which both kinds are among the runs, paired by seed. Meaning is judged by ranks:
+    The study takes the largest shape that has runs of both kinds, paired by seed. Meaning is judged by ranks:
     precision@5 of the categories of words, and reciprocal ranks of analogies by 3CosAdd. Raw cosines are
-    given as numbers only, for they fall by arithmetic alone when supports shrink. rows.csv counts recipes
-    without a positive entry. The cut keeps the k largest entries of the factored model's recipes after
-    training, by size or the largest positive ones: in a ReLU model sign is confounded with sparsity. The
-    factored model did not choose its signals to be cut in, so PCA and ICA of its E are cut as well. Losses
-    of cut models: 64 held-out windows of 32 tokens. Unit: a run for the loss, by the rule of convergence.py;
-    a word, resampled by category; a question, resampled by target pair; a window. The values of words,
-    questions and windows are averaged over seeds first.
+    given as numbers only, because they fall by arithmetic alone when supports shrink. rows.csv has the share
+    of recipes without a positive entry. The cut keeps the k largest entries of the factored model's recipes
+    after training, by absolute value or the largest positive ones: in a ReLU model sign is confounded with
+    sparsity. The factored model did not choose its signals to be cut in, so PCA and ICA of its E are cut as
+    well. Losses of cut models are over 64 held-out windows of 32 tokens. Unit: a run for the loss, by the
+    rule of convergence.py; a word, resampled by category; a question, resampled by target pair; a window.
+    The values of words, questions and windows are averaged over seeds first.
 
 Cost
     Half a minute for three seeds of the nano shape.
@@ -53,7 +53,7 @@ N_WINDOWS, WINDOW = 64, 32  # held-out text
 
 @dataclass
 class Probes:
-    """Words and questions that the runs know."""
+    """The words and questions whose tokens the runs have seen."""
 
     words: torch.Tensor  # (n,), ids of labelled words
     labels: np.ndarray  # (n,), their categories
@@ -63,7 +63,7 @@ class Probes:
 
 
 def known_probes(lab):
-    """The Probes that a lab's run knows."""
+    """The Probes whose words a lab's run has seen in training."""
     words, labels, _ = labelled(lab.words)
     pool, place_of = candidates(lab.words)
     questions, target, _ = build(relations(), place_of, lab.rng("questions"), QUESTIONS)
@@ -91,6 +91,40 @@ def cut_models(factored, k, rivals):
     return {name: hooks.with_embedding(factored.net, E) for name, E in matrices.items()}
 
 
+def measure(report, runs, lab, probes):
+    """{metric: {kind or model: values}} of the runs {kind: TrainedRun} of one seed; writes its rows."""
+    subjects = {kind: open_subject(run.name, run.checkpoint, lab.device) for kind, run in runs.items()}
+    found = {metric: {} for metric in ("precision@5", "mrr", "neighbour_cosine", "held_out_loss")}
+    for kind, subject in subjects.items():
+        codes = subject.dictionary.codes
+        by_word, by_question, nearest = meaning(codes, probes)
+        found["precision@5"][kind] = by_word
+        found["mrr"][kind] = by_question
+        found["neighbour_cosine"][kind] = nearest
+        report.row("rows of zeros", (codes == 0).all(1).double().mean().item(), model=subject.name)
+        report.row("mean cosine of the nearest neighbour", nearest, model=subject.name)
+
+    k = subjects["topk"].net.config.top_k
+    nets = {"trained": subjects["topk"].net}
+    nets |= cut_models(subjects["factored"], k, lab.rivals(subjects["factored"]))
+    x, y = lab.heldout(N_WINDOWS, WINDOW)
+    for name, net in nets.items():
+        losses = hooks.token_losses(net, x, y).double().mean(1).cpu().numpy()  # (windows,)
+        found["held_out_loss"][name] = losses
+        report.row("loss, held-out windows", losses.mean(), model=f"seed {runs['topk'].seed}", control=name)
+    return found
+
+
+def by_seed(found, metric):
+    """{name: [value of every seed]} of a metric: means over words, questions or windows."""
+    return {name: [float(np.mean(part[metric][name])) for part in found] for name in found[0][metric]}
+
+
+def over_seeds(found, metric):
+    """{name: values (n,)} of a metric, averaged over seeds."""
+    return {name: np.mean([part[metric][name] for part in found], axis=0) for name in found[0][metric]}
+
+
 def run(study: Study) -> Report:
     table = study.by_shape()
     if not sizes(table, *KINDS):
@@ -103,82 +137,64 @@ def run(study: Study) -> Report:
     report = Report(study, "hard_sparsity", CLAIMS)
     lab = table["factored", size][seeds[0]].lab()
     probes = known_probes(lab)
-    x, y = lab.heldout(N_WINDOWS, WINDOW)
-
-    # One entry a seed of everything; a kind or a model is the key.
-    precisions, reciprocal_ranks, cosine = ({kind: [] for kind in KINDS} for _ in range(3))
-    losses = {}
+    found = []
     for seed in seeds:
         runs = {kind: table[kind, size][seed] for kind in KINDS}
-        subjects = {kind: open_subject(run.name, run.checkpoint, lab.device) for kind, run in runs.items()}
-        for kind, subject in subjects.items():
-            codes = subject.dictionary.codes
-            by_word, by_question, nearest = meaning(codes, probes)
-            precisions[kind].append(by_word)
-            reciprocal_ranks[kind].append(by_question)
-            cosine[kind].append(nearest)
-            report.row("rows of zeros", (codes == 0).all(1).double().mean().item(), model=subject.name)
-            report.row("mean cosine of the nearest neighbour", nearest, model=subject.name)
-        k = subjects["topk"].net.config.top_k
-        nets = {"trained": subjects["topk"].net}
-        nets |= cut_models(subjects["factored"], k, lab.rivals(subjects["factored"]))
-        for name, net in nets.items():
-            values = hooks.token_losses(net, x, y).double().mean(1).cpu().numpy()  # (windows,)
-            losses.setdefault(name, []).append(values)
-            report.row("loss, held-out windows", values.mean(), model=f"seed {seed}", control=name)
+        found.append(measure(report, runs, lab, probes))
 
     loss = {kind: [table[kind, size][seed].loss for seed in seeds] for kind in KINDS}
     gap = np.array(loss["factored"]) / loss["topk"] - 1
     report.claim("loss", below(gap, 0.0, "seeds"))
-    words = {kind: np.mean(values, axis=0) for kind, values in precisions.items()}
+
+    words = over_seeds(found, "precision@5")
     categories = Scores({"native": words["factored"], "top-k": words["topk"]})
     categories["chance"] = chance(probes.labels)  # what is no better than chance cannot be lost
     report.effect("categories", categories, "categories", groups=probes.labels, published=PUBLISHED)
-    asked = {kind: np.mean(values, axis=0) for kind, values in reciprocal_ranks.items()}
-    analogies = Scores({"native": asked["factored"], "top-k": asked["topk"]})
+    questions = over_seeds(found, "mrr")
+    analogies = Scores({"native": questions["factored"], "top-k": questions["topk"]})
     report.effect("analogies", analogies, "pairs", groups=probes.target, published=PUBLISHED)
-    windows = {name: np.mean(values, axis=0) for name, values in losses.items()}
-    cut = Scores({"native": windows.pop("trained")} | {f"cut, {name}": v for name, v in windows.items()})
+
+    windows = over_seeds(found, "held_out_loss")
+    cut = Scores({"native": windows.pop("trained")})
+    cut |= {f"cut, {name}": losses for name, losses in windows.items()}
     report.effect("trained_beats_cut", cut, "windows", lower=True)
 
-    report.numbers |= {
-        "size": size,
-        "k": k,
-        "seeds": len(seeds),
-        "loss": loss,
-        "gap": vars(t_interval(gap)),
-        "precision@5": mean_by_seed(precisions),
-        "mrr": mean_by_seed(reciprocal_ranks),
-        "neighbour_cosine": cosine,
-        "held_out_loss": mean_by_seed(losses),
-    }
+    k = table["topk", size][seeds[0]].checkpoint.model_config["top_k"]
+    report.numbers |= {"size": size, "k": k, "seeds": len(seeds), "loss": loss}
+    report.numbers["gap"] = vars(t_interval(gap))
+    report.numbers |= {metric: by_seed(found, metric) for metric in found[0]}
+    cosine = {kind: np.mean(values) for kind, values in report.numbers["neighbour_cosine"].items()}
     report.notes.append(
         f"{size} (layers x width), k = {k}, seeds: {len(seeds)}, words: {len(probes.words)}, questions: "
         f"{len(probes.questions)}. Mean raw cosine of a word's nearest neighbour: factored "
-        f"{np.mean(cosine['factored']):.2f}, top-k {np.mean(cosine['topk']):.2f}."
+        f"{cosine['factored']:.2f}, top-k {cosine['topk']:.2f}."
     )
-    title = (
-        f"Top-{k} recipes: loss {np.mean(loss['topk']):.2f} against {np.mean(loss['factored']):.2f}, "
-        f"precision@5 {categories['top-k'].mean():.3f} against {categories.native.mean():.3f} "
-        f"({len(seeds)} seeds, one dot each)"
-    )
-    with report.figure("hard_sparsity", title, 1, 4, size=(10, 3), width_ratios=(2, 2, 2, 3)) as axes:
-        draw_dots(axes[0], loss, "validation loss, nats per token")
-        draw_dots(axes[1], report.numbers["precision@5"], "precision@5")
-        draw_dots(axes[2], report.numbers["mrr"], "analogies, mean reciprocal rank")
-        draw_dots(axes[3], report.numbers["held_out_loss"], "loss on held-out windows, nats per token")
+    draw(report)
     return report
 
 
-def mean_by_seed(values):
-    """{name: [mean of every seed]} of {name: [values of every seed]}."""
-    return {name: [float(np.mean(part)) for part in seeds] for name, seeds in values.items()}
+def draw(report):
+    """Loss, meaning and cut models: one dot for each seed."""
+    numbers = report.numbers
+    loss = {kind: np.mean(numbers["loss"][kind]) for kind in KINDS}
+    precision = {kind: np.mean(numbers["precision@5"][kind]) for kind in KINDS}
+    title = (
+        f"Top-{numbers['k']} recipes: loss {loss['topk']:.2f} against {loss['factored']:.2f}, "
+        f"precision@5 {precision['topk']:.3f} against {precision['factored']:.3f} "
+        f"({numbers['seeds']} seeds, one dot each)"
+    )
+    with report.figure("hard_sparsity", title, 1, 4, size=(10, 3), width_ratios=(2, 2, 2, 3)) as axes:
+        draw_dots(axes[0], numbers["loss"], "validation loss, nats per token")
+        draw_dots(axes[1], numbers["precision@5"], "precision@5")
+        draw_dots(axes[2], numbers["mrr"], "analogies, mean reciprocal rank")
+        draw_dots(axes[3], numbers["held_out_loss"], "loss on held-out windows, nats per token")
 
 
 def draw_dots(ax, values, label):
     """One dot for each seed, one column for each entry of values; top-k models have their own colour."""
     for x, (name, found) in enumerate(values.items()):
-        colour = COLOURS["topk" if name in ("topk", "trained") else "factored"]
+        kind = "topk" if name in ("topk", "trained") else "factored"
+        colour = COLOURS[kind]
         ax.scatter([x] * len(found), found, color=colour)
     ax.set_xticks(range(len(values)), values, fontsize=7)
     ax.set(xlim=(-0.5, len(values) - 0.5), ylabel=label)

@@ -1,7 +1,7 @@
 """
 What the studies share: finished runs whose losses can be compared, by kind, size and seed.
 
-A study has no lab of one run: its report takes a Study instead. Its result has the form of an experiment's.
+The report of a study takes a Study in place of a Lab. Its result has the same form as an experiment's.
 """
 
 import glob
@@ -98,8 +98,8 @@ def loss_curve(folder):
 
 
 def check_comparable(checkpoints):
-    """Raise UserError if two runs differ in data or batches, or two of one kind and size in more or less than
-    their seed."""
+    """Raise UserError if two runs do not compare: they differ in data or batches; or they have one kind and
+    size and differ in more than the seed, or in nothing."""
     for a, b in combinations(checkpoints, 2):
         one, other = trained_run(a), trained_run(b)
         fault = None

@@ -4,21 +4,23 @@ Do two seeds learn the same signals, or only the same space?
     python experiments/studies/stability.py --runs='out/studies/*'
 
 Method
-    The claims are about the largest factored shape with two seeds or more, every pair of them in both
-    directions. Codes are those of the tokens that all runs know. Log frequency and its square are regressed
-    out: frequency alone makes any two seeds alike, and a mean over signals would favour dictionaries that
-    spread it over all signals. A signal's partner is found by the Hungarian method on absolute correlations,
-    which depend on neither sign nor scale. A dictionary with more columns always finds better partners, so
-    only dictionaries of equal size are compared: rotations of one side, PCA, ICA and, if there are as many,
-    coordinates of E and of the plain GPT. Also given: the same with frequency left in, and linear CKA of E
-    (Kornblith et al., 1905.00414). Neighbours: the share of a word's ten nearest others, by centred cosine,
-    that both seeds have. Chance: the two runs before training, and recipes of one side exchanged among
-    tokens of like frequency. The table compares every other kind and shape with its own rotations. Unit: a
-    word; a signal of a seed, over its pairs. Units are not independent: words share neighbours, partners
-    exclude each other, and the seeds are few. The intervals are about these seeds.
+    The claims are about the largest factored shape with two seeds or more; every pair of seeds is compared in
+    both directions. Codes are those of the tokens that all runs have seen. Log frequency and its square are
+    regressed out: frequency alone makes any two seeds alike, and a mean over signals would favour
+    dictionaries that spread it over all signals. A signal's partner is found by the Hungarian method on
+    absolute correlations, which depend on neither sign nor scale. A dictionary with more columns always finds
+    better partners, so only dictionaries of equal size are compared: rotations of one side, PCA, ICA and, if
+    there are as many, coordinates of E and of the plain GPT. The result also has the same with frequency left
+    in, and linear CKA of E (Kornblith et al., 1905.00414). Neighbours: the share of a word's ten nearest
+    others, by centred cosine, that both seeds have. Chance controls: the two runs before training, and
+    recipes of one side exchanged among tokens of like frequency. The table compares every other kind and
+    shape with its own rotations. Unit: a word; a signal of a seed, over its pairs. Units are not independent:
+    words share neighbours, partners exclude each other, and the seeds are few. The intervals are about these
+    seeds.
 
 Cost
-    Under a minute for three seeds of nine kinds and shapes of the nano size; one fit of ICA a seed.
+    Under a minute for three seeds of nine kinds and shapes of the nano size. ICA is fitted once
+    for each seed.
 """
 
 import functools
@@ -121,6 +123,14 @@ class Seeds:
         theirs = ours if theirs is None else theirs
         return np.stack([measure(ours[i], theirs[j]) for i, j in self.pairs])
 
+    def in_common(self, rows, ours, theirs=None):
+        """Share of neighbours that these rows of the codes have in common, mean over pairs, (rows,)."""
+
+        def measure(a, b):
+            return neighbours_in_common(a[rows], b[rows])
+
+        return self.over_pairs(measure, ours, theirs).mean(0)
+
     def matched(self, ours, theirs=None):
         """|correlation| of every signal with its partner in another seed, (pairs, S)."""
         return self.over_pairs(partner_correlation, ours, theirs)
@@ -148,16 +158,11 @@ def run(study: Study) -> Report:
     lab = ours.labs[0]
     start = ours.codes(lambda lab: lab.step0.dictionary)
     shuffled = ours.codes(lambda lab: lab.shuffled.dictionary)
+    words = np.flatnonzero(np.isin(ours.known, lab.words.known_words()))[:N_WORDS]  # rows of the codes
 
     # The space: does a word have the same neighbours?
-    rows = np.flatnonzero(np.isin(ours.known, lab.words.known_words()))[:N_WORDS]  # of the codes
-
-    def in_common(codes, theirs=None):
-        by_pair = ours.over_pairs(lambda a, b: neighbours_in_common(a[rows], b[rows]), codes, theirs)
-        return by_pair.mean(0)  # (words,)
-
-    near = {"native": in_common(ours.native), "step 0": in_common(start)}
-    near["shuffled"] = in_common(ours.native, shuffled)
+    near = {"native": ours.in_common(words, ours.native), "step 0": ours.in_common(words, start)}
+    near["shuffled"] = ours.in_common(words, ours.native, shuffled)
     report.effect("neighbours", Scores(near), "words")
 
     # The signals: has each a partner, and a better one than the signals of other dictionaries have?
@@ -173,18 +178,9 @@ def run(study: Study) -> Report:
     raw["shuffled"] = ours.matched(ours.native, shuffled)
     report.numbers["matched"] = {name: values.mean() for name, values in freed.items()}
     report.scores("matched_with_frequency", raw)
+    claim_partners(report, ours, freed, list(rivals))
 
-    n_signals = freed.native.shape[1]
-    signal = np.concatenate([i * n_signals + np.arange(n_signals) for i, _ in ours.pairs])
-    partners = Scores({name: freed[name].ravel() for name in ("native", "step 0", "shuffled")})
-    report.effect("partners", partners, "signals", groups=signal)
-    rng = lab.rng("pairs")
-    native_match = Scores({"native": freed.native.ravel()}, freed.map(np.ravel).gauges)
-    for name, by_pair in rivals.items():  # native signals and those of a rival are not paired
-        native_match[name] = np.concatenate([rng.permutation(values) for values in by_pair])
-    report.signals("native_match", native_match, "signals", groups=signal)
-
-    report.numbers |= {"size": size, "seeds": len(ours.labs), "tokens": len(ours.known), "words": len(rows)}
+    report.numbers |= {"size": size, "seeds": len(ours.labs), "tokens": len(ours.known), "words": len(words)}
     report.numbers["cka"] = cka_of_E(ours, shuffled)
     shapes = {" ".join(shape): {"seeds": len(found.labs)} for shape, found in seeds.items()}
     for shape, found in matches.items():
@@ -195,14 +191,21 @@ def run(study: Study) -> Report:
     report.gallery = gallery(shapes)
     listed = ", ".join(f"{name} {value:.3f}" for name, value in report.numbers["cka"].items())
     report.notes.append(f"Linear CKA: {listed}.")
-    title = (
-        f"|correlation| of matched signals of two seeds beyond frequency: {freed.native.mean():.3f}, "
-        f"rotated {freed.gauges.mean():.3f} ({size}, {len(ours.labs)} seeds)"
-    )
-    with report.figure("stability", title, 1, 2, size=(9, 3.2)) as (left, right):
-        draw_sorted(left, freed)
-        draw_shapes(right, shapes)
+    draw(report, freed)
     return report
+
+
+def claim_partners(report, seeds, matched, rivals):
+    """The claims about signals, from Scores (pairs, S); the unit is a signal of a seed, over its pairs."""
+    n_signals = matched.native.shape[1]
+    signal = np.concatenate([i * n_signals + np.arange(n_signals) for i, _ in seeds.pairs])
+    partners = Scores({name: matched[name].ravel() for name in ("native", "step 0", "shuffled")})
+    report.effect("partners", partners, "signals", groups=signal)
+    rng = seeds.labs[0].rng("pairs")
+    native_match = Scores({"native": matched.native.ravel()}, matched.map(np.ravel).gauges)
+    for name in rivals:  # native signals and those of a rival are not paired
+        native_match[name] = np.concatenate([rng.permutation(values) for values in matched[name]])
+    report.signals("native_match", native_match, "signals", groups=signal)
 
 
 def cka_of_E(seeds, shuffled):
@@ -229,6 +232,18 @@ def gallery(shapes):
             cells.append(f"{part['native']:.3f}, {low:.3f} to {high:.3f}")
         lines.append(f"{name:16} {cells[0]:37} {cells[1]}")
     return "\n".join(lines)
+
+
+def draw(report, matched):
+    """The signals of the largest shape, best first, and the means of all shapes."""
+    numbers = report.numbers
+    title = (
+        f"|correlation| of matched signals of two seeds beyond frequency: {matched.native.mean():.3f}, "
+        f"rotated {matched.gauges.mean():.3f} ({numbers['size']}, {numbers['seeds']} seeds)"
+    )
+    with report.figure("stability", title, 1, 2, size=(9, 3.2)) as (left, right):
+        draw_sorted(left, matched)
+        draw_shapes(right, numbers["shapes"])
 
 
 def draw_sorted(ax, scores):

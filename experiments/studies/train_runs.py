@@ -5,9 +5,9 @@ Train the runs that the studies compare, three kinds x three sizes x three seeds
     python experiments/studies/train_runs.py --out=out/longer-studies --steps=2000
 
 Method
-    Every run sees the same number of tokens, runs of one seed the same tokens in the same order. Then
-    hard_sparsity.py, convergence.py and stability.py compare all runs under --out; each of them takes any
-    other runs by --runs=. After a kill the same command goes on where it was.
+    Every run sees the same number of tokens. Runs of one seed see the same tokens in the same order. Then
+    hard_sparsity.py, convergence.py and stability.py compare all runs under --out; each takes any other runs
+    with --runs=. After a kill the same command continues where it stopped.
 
 Cost
     50 minutes on two cores.
@@ -39,7 +39,7 @@ class StudiesConfig:
 
 
 def plan(c):
-    """[(folder, arguments of train.py)] of all runs; seeds outermost, so that an interruption leaves sets."""
+    """[(folder, arguments of train.py)] of all runs, one seed after the other: a kill leaves whole seeds."""
     runs = []
     for seed in range(c.seeds):
         for size in SIZES:
@@ -86,7 +86,7 @@ def main():
             continue
         print(f"\n{folder} ({i + 1} of {len(runs)})", flush=True)
         if subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments]).returncode:
-            raise UserError(f"training of {folder} failed: see above; the same command goes on from here")
+            raise UserError(f"training of {folder} failed: see above; the same command continues from here")
     for name in STUDIES:
         command = [sys.executable, str(FOLDER / f"{name}.py"), f"--runs={c.out}/*"]
         if subprocess.run(command).returncode:
