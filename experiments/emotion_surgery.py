@@ -44,7 +44,7 @@ from experiments.lab.plots import plot_curves, plot_scores
 
 CLAIMS = {
     "steers": "a sentiment direction made of recipes raises held-out positive words over negative ones, more "
-    "than random directions, than shuffled labels and than before training",
+    "than random directions and shuffled labels do and more than before training",
     "beats_diffmean": "it steers further than a difference of mean activations and than the plain GPT's",
     "few_signals": "its largest eighth of signals steers further than that of other dictionaries",
 }

@@ -2,30 +2,31 @@
 What do edits of recipe rows do, how local are they, and do a few signals carry them?
 
     python experiments/gene_tampering.py --run=out/reflow-nano
+    python experiments/gene_tampering.py --run=out/reflow-nano --baseline=out/gpt2-new-nano
 
-Claims
-  effect   exchanging the recipes of two tokens makes the model say one for the other: the log-odds of the new
-           over the old token rise, where the old one is next, by more than under an edit of equal length in a
-           random direction, and than under the same edit of the untrained model.
-  effect   adding a sentiment direction to the rows of the commonest tokens tilts held-out positive words over
-           negative ones: more than a random direction of equal length, and than in the untrained model.
-  signals  the exchange cut down to the largest eighth of signals of each difference keeps more of that than
-           cut down under random rotations, PCA and ICA.
+Method
+    Three edits, each at the input, at the output and at both: *swap* exchanges the recipes of 32 pairs of
+    tokens, *zero* removes these 64 rows, *add* adds one row norm of the sentiment direction of
+    emotion_surgery to the 32 most common tokens. All rows of an edit change at once. Each of the 64 tokens
+    ends two held-out contexts, one for efficacy and one as its paraphrase: the share of tokens for which the
+    new token is likelier there than the old one.
 
-Method. Three edits, each at the input side, the output side and both: *swap* 32 pairs of tokens, *zero* these
-64 rows, *add* one row norm of the direction of emotion_surgery to the 32 commonest tokens. All rows of an
-edit are changed at once. Each token has two held-out contexts that it ends, one to test the edit and one as
-its paraphrase; efficacy is the share in which the new token is likelier there than the old one. Said: the
-log-odds of the new over the old token, where the old one is next. Meant: how much nearer the prediction after
-the old token comes to that after the new one, in KL. Unit of the swap: a pair of tokens; of the added
-direction: a pair of held-out words, averaged over the test templates (see emotion_surgery). Specificity: KL
-and loss on held-out text that holds no edited token, beside text that does. Fluency: continuations under the
-unedited model.
+    Output: log-odds of the new over the old token in contexts whose next token is the old one. Input: by how
+    many nats the edit moves the prediction after the old token towards the unedited prediction after the new
+    one, in KL. Tilt: log-odds of held-out positive against negative words after the test templates. Side
+    effects: KL and loss added on held-out text with and without edited tokens; fluency of continuations
+    under the unedited model.
 
-An edit of recipes is an edit of rows of E, and a whole swap on both sides only renames two tokens: its size
-says that contexts tell them apart, nothing about signals. The plain GPT is edited the same way.
+    Unit of the swap: a pair of tokens. Unit of the added direction: a pair of held-out words, averaged over
+    the templates; half of the difference that the sign of the direction makes. Controls: random edits of
+    equal length, and the same edit of the untrained model. The plain GPT is edited the same way.
 
-Cost: 46 forward passes over 128 contexts of 8 tokens, 30 over 24 templates, 14 over held-out text.
+    An edit of recipes is an edit of rows of E. A whole swap on both sides only renames two tokens: its size
+    says that contexts tell them apart, and nothing about signals. The claim about signals keeps only the
+    largest eighth of entries of each difference of recipes.
+
+Cost
+    60 forward passes over 128 contexts of 8 tokens, 30 over 24 templates, 16 over held-out text.
 """
 
 import sys
@@ -33,319 +34,169 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import numpy as np
 import torch
 
-from configurator import UserError
-from data.tokenizer import encoding
-from experiments import lab
-from experiments.emotion_surgery import direction, fluency, tilt, word_pairs
+import hooks
+from experiments.lab import Lab, Report, Scores, edits, run_experiment, sentiment
+from experiments.lab.continuations import as_text, fluency, sample
+from experiments.lab.edits import SIDES, edit, exchange, random_like, states_before, token_log_odds
+from experiments.lab.plots import plot_scores
 
+CLAIMS = {
+    "swap": "exchanging the recipes of two tokens makes the model predict one for the other, more than "
+    "random edits do and more than before training",
+    "tilt": "the sentiment direction in the rows of the most common tokens tilts the templates, more than "
+    "random directions do and more than before training",
+    "few_signals": "an eighth of the signals keeps more of the exchange than as many of other dictionaries",
+}
 PUBLISHED = "edits of recipes flip sentiment everywhere, sentences stay grammatical (464M, OpenWebText)"
-TOKENS, CONTEXTS, LENGTH = 64, 2, 8  # edited tokens; contexts of each; their tokens
-COMMON = 32  # tokens that get the sentiment direction
+N_COMMON = 32  # tokens that get the sentiment direction
 DRAWS = 4  # random edits
-NEW_TOKENS = 12  # of a continuation
-SIDES = {"input": (True, False), "output": (False, True), "both": (True, True)}
 
 
-def edit(subject, rows, change, side="both"):
-    """The subject's model with `change` (n, d) added to rows (n,) of E at a side."""
-    E = subject.E.index_add(0, rows, change)
-    reads, writes = (E if on else subject.E for on in SIDES[side])
-    return lab.with_matrix(subject.net, reads, writes)
-
-
-def exchange(dictionary, old, new, k=None):
-    """What turns rows `old` (n,) into `new`, (n, d); k: the largest entries of each code's change alone."""
-    change = dictionary.codes[new] - dictionary.codes[old]  # (n, S)
-    return (change if k is None else lab.largest(change, k)) @ dictionary.atoms
-
-
-def noise_like(dictionary, change, generator):
-    """A random direction in the span of the atoms for each row of change (n, d), of its length, (n, d)."""
-    codes = torch.randn(len(change), len(dictionary.atoms), generator=generator).to(change)
-    random = codes @ dictionary.atoms
-    return random * (change.norm(dim=1) / random.norm(dim=1))[:, None]
-
-
-def find_contexts(x, y, eligible, n_tokens, rng):
-    """Tokens that end CONTEXTS contexts of LENGTH tokens in windows x, y (n, T), and the contexts.
-
-    Returns ids (n,), even, and texts (n, CONTEXTS, LENGTH + 1) whose last token is the id.
-    """
-    both = torch.cat([x, y[:, -1:]], 1).unfold(1, LENGTH + 1, 1).flatten(0, 1)  # (N, LENGTH + 1)
-    last = both[:, -1].cpu().numpy()
-    counts = np.bincount(last, minlength=int(eligible.max()) + 1)
-    enough = eligible[counts[eligible] >= CONTEXTS]
-    chosen = rng.permutation(enough)[:n_tokens]
-    chosen = chosen[: len(chosen) // 2 * 2]
-    where = [rng.permutation(np.flatnonzero(last == t))[:CONTEXTS] for t in chosen]
-    return chosen, both[np.array(where, int).reshape(len(chosen), -1)]
-
-
-@torch.no_grad()
-def said(net, texts, old, new):
-    """Logit of `new` (n,) minus that of `old` where texts (n, C, T + 1) end in `old`, (n, C)."""
-    h = torch.cat([net.encode(part)[:, -1] for part in texts[..., :-1].flatten(0, 1).split(128)])
-    rows = net.vocab.matrix()  # edited models hold it ready
-    odds = (h.unflatten(0, texts.shape[:2]) * (rows[new] - rows[old])[:, None]).sum(-1)
-    return odds.double().cpu().numpy()
-
-
-@torch.no_grad()
-def follow(net, texts):
-    """log_p of what follows the first context of each token, texts (n, C, T + 1) -> (n, n_tokens)."""
-    return lab.log_p(net, net.encode(texts[:, 0])[:, -1])
-
-
-@torch.no_grad()
-def log_p_old(net, texts, old):
-    """Log-probability of `old` (n,) where texts (n, C, T + 1) end in it, (n, C)."""
-    p = lab.log_p(net, net.encode(texts[..., :-1].flatten(0, 1))[:, -1])  # (n * C, n_tokens)
-    return p.gather(1, old.repeat_interleave(texts.shape[1])[:, None]).view(texts.shape[:2]).cpu().numpy()
-
-
-def meant(aim, before, after):
-    """KL(aim || before) - KL(aim || after) of log-probabilities (n, n_tokens), (n,).
-
-    The aim is what follows in the unedited model when the context ends in the new token.
-    """
-    return (aim.exp() * (after - before)).sum(-1)
-
-
-@torch.no_grad()
-def damage(edited, x, y, base):
-    """Loss added and KL(before || after) at each token of x, y (n, T), (n, T) each; base: log_p before."""
-    now = lab.log_p(edited, edited.encode(x))
-    gather = [p.gather(-1, y[..., None])[..., 0] for p in (base, now)]
-    return gather[0] - gather[1], lab.kl(base, now)
-
-
-@torch.no_grad()
-def responses(net, prompts, words):
-    """Logits of `words` (2, n) after each prompt, (P, 2, n)."""
-    rows = net.vocab.matrix()[words.flatten()]
-    return (lab.last_hidden(net, prompts) @ rows.T).unflatten(-1, words.shape).double().cpu().numpy()
-
-
-def run(laboratory):
-    report = lab.Report(laboratory, "gene_tampering")
-    subject, device = laboratory.reflow, laboratory.device
-    probe, encode = laboratory.probe("sentiment"), encoding().encode_ordinary
-    prompts = [encode(t) for t in probe["templates"]["test"]]
-    build, words = word_pairs(laboratory, "build"), word_pairs(laboratory, "held_out")
-    known = laboratory.known_tokens()
-    eligible = laboratory.known_words(letters=1)
-    sentiment = torch.cat([build, words], 1).flatten().cpu().numpy()
-    eligible = eligible[~np.isin(eligible, sentiment)]  # so that edits of words cannot tilt by renaming these
-    tokens, contexts = find_contexts(
-        *laboratory.heldout(2000, 4 * LENGTH), eligible, TOKENS, laboratory.rng("tokens")
-    )
-    if not len(tokens):
-        raise UserError(f"no word of the training text is {CONTEXTS} times in the held-out text")
-    old = torch.from_numpy(tokens).to(device)
-    new = old.view(-1, 2).flip(1).flatten()
-    pairs = np.arange(len(tokens)) // 2
-    common = torch.from_numpy(known[~np.isin(known, sentiment)][:COMMON]).to(device)
-    k = max(1, len(subject.dictionary.atoms) // 8)
-    generator = torch.Generator().manual_seed(laboratory.seed)
-    plain = {s.name: lab.with_matrix(s.net, s.E) for s in laboratory.subjects}
-
-    # The swap: what is said where the old token is next.
-    odds_before = {s.name: said(plain[s.name], contexts, old, new) for s in laboratory.subjects}
-
-    def gain(s, change, side="both"):
-        odds = said(edit(s, old, change, side), contexts, old, new)
-        return (odds - odds_before[s.name]).mean(1)
-
-    whole = exchange(subject.dictionary, old, new)
-    gains = {s.name: gain(s, exchange(s.dictionary, old, new)) for s in laboratory.subjects}
-    random = [gain(subject, noise_like(subject.dictionary, whole, generator)) for _ in range(DRAWS)]
-    gains["random"] = np.mean(random, axis=0)
-    cut = {"native": gain(subject, exchange(subject.dictionary, old, new, k))}
-    for name, d in laboratory.rivals(subject).items():
-        cut[name] = gain(subject, exchange(d, old, new, min(k, len(d.atoms))))
-    spins = laboratory.rotations(subject.dictionary)
-    turned = np.stack([gain(subject, exchange(d, old, new, k)) for d in spins])
-    if laboratory.baseline:
-        d = laboratory.baseline.dictionary
-        cut["baseline"] = gain(laboratory.baseline, exchange(d, old, new, len(d.atoms) // 8))
-
-    # The added direction: what the templates say.
-    def added(d, few=None):
-        v = direction(d, build, few)
-        return (v / v.norm()) * (d.codes[common] @ d.atoms).norm(dim=1, keepdim=True)
-
-    def lean(s, change, side="both"):
-        """Half of the difference that the sign of `change` makes, (P, 2, n)."""
-        up, down = (responses(edit(s, common, sign * change, side), prompts, words) for sign in (1, -1))
-        return (up - down) / 2
-
-    def by_word(y):
-        return (y[:, 0] - y[:, 1]).mean(0)
-
-    leans = {s.name: lean(s, added(s.dictionary)) for s in laboratory.subjects}
-    leans["k signals"] = lean(subject, added(subject.dictionary, k))
-    noise = noise_like(subject.dictionary, added(subject.dictionary), generator)
-    # One direction for all rows, as in the edit that it is compared with.
-    noise = [noise[i] / noise[i].norm() * subject.E[common].norm(dim=1, keepdim=True) for i in range(DRAWS)]
-    leans["random"] = np.mean([lean(subject, change) for change in noise], axis=0)
-
-    report.claim(
-        lab.effect(
-            "exchanging two tokens' recipes makes the model say one for the other (log-odds, nats)",
-            gains["reflow"],
-            {name: gains[name] for name in ("random", "step 0")},
-            "pairs of tokens",
-            pairs,
-        )
-    )
-    report.claim(
-        lab.effect(
-            f"the sentiment direction in the rows of the {len(common)} commonest tokens tilts the templates "
-            "(nats per row norm)",
-            by_word(leans["reflow"]),
-            {name: by_word(leans[name]) for name in ("random", "step 0")},
-            "word pairs",
-            published=PUBLISHED,
-        )
-    )
-    report.claim(
-        lab.signals(
-            f"{k} of {len(subject.dictionary.atoms)} signals keep more of the exchange than as many of any "
-            "other dictionary (log-odds, nats)",
-            cut["native"],
-            turned,
-            {name: cut[name] for name in laboratory.rivals(subject)},
-            "pairs of tokens",
-            pairs,
-        )
-    )
-
-    # Every edit at every side: reach, locality, cost.
-    x, y = laboratory.heldout(12, 8)
+def measure_edits(lab, report, task, common, added, generator):
+    """{"model, edit, side": {metric: value}} of every edit of the run's model and of the plain GPT."""
     table = {}
-    for s in (s for s in laboratory.subjects if s.name != "step 0"):
-        net = plain[s.name]
-        with torch.no_grad():
-            base = lab.log_p(net, net.encode(x))
-        renamed = torch.cat([contexts[:, :, :-1], new.expand(CONTEXTS, -1).T[..., None]], 2)
-        aim, after_old = follow(net, renamed), follow(net, contexts)
-        tilt_before = tilt(responses(net, prompts, words)).mean()
-        edits = {
-            "swap": (old, exchange(s.dictionary, old, new)),
-            "zero": (old, -s.E[old]),
-            "add": (common, added(s.dictionary)),
+    for subject in [lab.model, lab.baseline] if lab.baseline else [lab.model]:
+        net = hooks.with_embedding(subject.net, subject.E)
+        before = edits.read(net, task)
+        target = edits.next_log_probs(net, task.renamed)
+        swap = exchange(subject.dictionary, task.old, task.new)
+        changes = {
+            "swap": (task.old, swap),
+            "zero": (task.old, -subject.E[task.old]),
+            "add": (common, added(subject)),
+            "random": (task.old, random_like(subject.dictionary, swap, generator)),
         }
-        edits["random"] = (old, noise_like(s.dictionary, edits["swap"][1], generator))
-        for name, (rows, change) in edits.items():
-            touched = (torch.isin(x, rows) | torch.isin(y, rows)).any(1).cpu().numpy()
-            for side in SIDES if s is subject and name != "random" else ("both",):
-                edited = edit(s, rows, change, side)
-                loss, kl = (v.cpu().numpy() for v in damage(edited, x, y, base))
-                odds = said(edited, contexts, old, new)
-                found = {
-                    "efficacy": (odds[:, : CONTEXTS // 2] > 0).mean(),
-                    "paraphrase": (odds[:, CONTEXTS // 2 :] > 0).mean(),
-                    "said, nats": (odds - odds_before[s.name]).mean(),
-                    "meant, nats": meant(aim, after_old, follow(edited, contexts)).mean().item(),
-                    "tilt, nats": tilt(responses(edited, prompts, words)).mean() - tilt_before,
-                }
-                if name == "zero":  # two zero rows have equal logits: what counts is what they lose
-                    drop = log_p_old(net, contexts, old) - log_p_old(edited, contexts, old)
-                    del found["efficacy"], found["paraphrase"], found["said, nats"], found["meant, nats"]
-                    found["log p lost"] = drop.mean()
-                for part, mask in (("with", touched), ("without", ~touched)):
-                    if mask.any():
-                        found[f"loss added, text {part}"] = loss[mask].mean()
-                        found[f"KL, text {part}"] = kl[mask].mean()
-                table[s.name, name, side] = found
+        for name, (rows, change) in changes.items():
+            sides = SIDES if subject is lab.model and name != "random" else ["both"]
+            for side in sides:
+                after = edits.read(edit(subject, rows, change, side), task)
+                found = edits.effects(before, after, target, task, rows)
+                if name == "zero":  # two zero rows have equal logits
+                    found = {metric: v for metric, v in found.items() if metric not in edits.COMPARISONS}
+                table[f"{subject.name}, {name}, {side}"] = found
                 for metric, value in found.items():
-                    report.row(metric, value, model=s.name, control=f"{name}, {side}")
-    spoken = {"unedited": plain["reflow"]}
-    spoken |= {
-        "swap": edit(subject, old, whole),
-        "zero": edit(subject, old, -subject.E[old]),
-        "add": edit(subject, common, added(subject.dictionary)),
-        "add, negative": edit(subject, common, -added(subject.dictionary)),
-    }
-    some, fluent = prompts[::3], {}
-    for name, net in spoken.items():
-        sampler = torch.Generator(device).manual_seed(laboratory.seed)
-        out = net.generate(some, NEW_TOKENS, generator=sampler)
-        fluent[name] = fluency(plain["reflow"], some, out)
-        report.gallery += f"\n{name}\n"
-        for prompt, text in zip(some[:3], out, strict=False):
-            report.gallery += "  " + repr(encoding().decode(prompt + text))[1:-1] + "\n"
-        for metric, value in fluent[name].items():
-            report.row(f"continuations, {metric}", value, control=name)
-    report.gallery = "Continuations of the first templates, not selected\n" + report.gallery
+                    report.row(metric, value, model=subject.name, control=f"{name}, {side}")
+    return table
 
-    before = odds_before["reflow"]
-    report.numbers = {
-        "tokens": len(tokens),
-        "efficacy_before": float((before > 0).mean()),
-        "edits": {", ".join(key): {m: float(v) for m, v in found.items()} for key, found in table.items()},
-        "said": {name: float(g.mean()) for name, g in gains.items()},
-        "said_by_k": {name: float(g.mean()) for name, g in cut.items()} | {"rotated": float(turned.mean())},
-        "share_kept_by_k": {
-            name: float(g.mean() / gains["baseline" if name == "baseline" else "reflow"].mean())
-            for name, g in (cut | {"rotated": turned}).items()
-        },
-        "tilt": {name: float(by_word(y).mean()) for name, y in leans.items()},
-        "anti_steerable_share": {name: float((tilt(y) < 0).mean()) for name, y in leans.items()},
-        "fluency": fluent,
+
+def edits_as_text(table):
+    """The effects of every edit, a line each, as text."""
+    metrics = list(dict.fromkeys(metric for found in table.values() for metric in found))
+    lines = ["Effects of every edit:"]
+    lines += [f"  {i}  {metric}" for i, metric in enumerate(metrics, 1)]
+    lines.append(" " * 24 + "".join(f"{i:8}" for i in range(1, len(metrics) + 1)))
+    for name, found in table.items():
+        cells = (f"{found[metric]:8.3f}" if metric in found else " " * 8 for metric in metrics)
+        lines.append(f"{name:24}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def continue_edited(lab, report, task, edited):
+    """Continuations of templates by the nets `edited`, {name: net}, as text; their fluency goes to rows."""
+    prompts = task.prompts[::3]
+    unedited = hooks.with_embedding(lab.model.net, lab.model.E)
+    lines = ["Continuations of the first templates, not selected"]
+    for name, net in {"unedited": unedited, **edited}.items():
+        texts = sample(net, prompts, lab.seed)
+        for metric, value in fluency(unedited, prompts, texts).items():
+            report.row(f"continuations, {metric}", value, control=name)
+        lines += ["", name, *(f"  {as_text(prompts[i] + texts[i])}" for i in range(3))]
+    return "\n".join(lines)
+
+
+def run(lab: Lab, config=None) -> Report:
+    report = Report(lab, "gene_tampering", CLAIMS)
+    model, d = lab.model, lab.model.dictionary
+    build = sentiment.word_pairs(lab, "build")
+    words = sentiment.word_pairs(lab, "held_out")
+    barred = torch.cat([build, words], 1).flatten().cpu().numpy()
+    known = lab.words.known_tokens()
+    common = torch.from_numpy(known[~np.isin(known, barred)][:N_COMMON]).to(lab.device)
+    task = edits.find_task(lab, words, barred)
+    generator = lab.generator()
+
+    # The swap: log-odds of the new token where the old one is next.
+    def odds(net):
+        return token_log_odds(net, states_before(net, task.contexts), task.old, task.new)
+
+    before = {s.name: odds(hooks.with_embedding(s.net, s.E)) for s in lab.subjects}
+
+    def gain(subject, change):
+        return (odds(edit(subject, task.old, change)) - before[subject.name]).mean(1)
+
+    def swap(subject, k=None):
+        return gain(subject, exchange(subject.dictionary, task.old, task.new, k))
+
+    whole = exchange(d, task.old, task.new)
+    random = [gain(model, random_like(d, whole, generator)) for _ in range(DRAWS)]
+    swaps = Scores({"native": swap(model), "random": np.mean(random, axis=0), "step 0": swap(lab.step0)})
+    few = lab.compare(lambda other: gain(model, exchange(other, task.old, task.new, d.eighth)))
+
+    # The added direction: log-odds of sentiment after the templates.
+    def added(subject):
+        lengths = (subject.dictionary.codes[common] @ subject.dictionary.atoms).norm(dim=1, keepdim=True)
+        return hooks.unit(sentiment.direction(subject.dictionary, build)) * lengths
+
+    def logits(subject, change):
+        net = edit(subject, common, change)
+        return sentiment.word_logits(net, net.vocab.matrix(), task.prompts, words)
+
+    def tilt(subject, change):
+        return sentiment.pair_difference(logits(subject, change) - logits(subject, -change)) / 2
+
+    noise = hooks.unit(random_like(d, added(model), generator)[:DRAWS])  # one direction for all rows
+    lengths = model.E[common].norm(dim=1, keepdim=True)
+    tilts = Scores({"native": tilt(model, added(model)), "step 0": tilt(lab.step0, added(lab.step0))})
+    tilts["random"] = np.mean([tilt(model, direction * lengths) for direction in noise], axis=0)
+
+    if lab.baseline:
+        swaps["baseline"] = swap(lab.baseline)
+        few["baseline"] = swap(lab.baseline, lab.baseline.dictionary.eighth)
+        tilts["baseline"] = tilt(lab.baseline, added(lab.baseline))
+    pairs = np.arange(len(task.old)) // 2
+    controls = ("random", "step 0")
+    report.effect("swap", swaps, "pairs of tokens", controls, pairs)
+    report.effect("tilt", tilts, "word pairs", controls, published=PUBLISHED)
+    report.signals("few_signals", few, "pairs of tokens", ("pca", "ica"), pairs)
+
+    table = measure_edits(lab, report, task, common, added, generator)
+    edited = {
+        "swap": edit(model, task.old, whole),
+        "zero": edit(model, task.old, -model.E[task.old]),
+        "add": edit(model, common, added(model)),
+        "add, negative": edit(model, common, -added(model)),
     }
-    report.notes.append(
-        f"Before any edit the new token is likelier than the old in {(before > 0).mean():.0%} of contexts."
-    )
-    figures(report, table, gains, cut, turned, pairs)
+    report.gallery = edits_as_text(table) + "\n\n" + continue_edited(lab, report, task, edited)
+    kept = {name: values.mean() / swaps.get(name, swaps.native).mean() for name, values in few.items()}
+    report.numbers |= {
+        "tokens": len(task.old),
+        "efficacy_before": (before["reflow"] > 0).mean(),
+        "edits": table,
+        "share_kept_by_k": kept,
+    }
+    draw(report, swaps, few, tilts, pairs, kept)
     return report
 
 
-def figures(report, table, gains, cut, turned, pairs):
-    plt = lab.pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4), width_ratios=[1.9, 1])
-    keys = [key for key in table if key[0] == "reflow"] + [key for key in table if key[0] == "baseline"]
-    columns = ["efficacy", "paraphrase", "log p lost", "said, nats", "meant, nats", "tilt, nats"]
-    columns += [f"{m}, text {part}" for part in ("with", "without") for m in ("loss added", "KL")]
-    left.axis("off")
-    cells = [[f"{table[key][c]:.3f}" if c in table[key] else "" for c in columns] for key in keys]
-    labels = [f"{edit}, {side}" if model == "reflow" else f"{edit}, plain GPT" for model, edit, side in keys]
-    heads = [
-        c.replace(", text", "").replace(", ", " ").replace(" ", "\n").replace("\np", " p") for c in columns
-    ]
-    grid = left.table(cells, rowLabels=labels, colLabels=heads, loc="center", cellLoc="right")
-    grid.auto_set_font_size(False)
-    grid.set_fontsize(7)
-    for (row, _), cell in grid.get_celld().items():
-        cell.set_linewidth(0.2)
-        cell.set_height(0.17 if row == 0 else 0.055)
-    bars = {"whole": gains["reflow"], "whole, plain GPT": gains.get("baseline")}
-    bars |= {"random": gains["random"], "step 0": gains["step 0"]}
-    few = f"{max(1, report.lab.reflow.dictionary.atoms.shape[0] // 8)} signals, "
-    bars |= {few + name: values for name, values in cut.items()}
-    bars = {name: values for name, values in bars.items() if values is not None}
-    colours = {"whole": "native", "whole, plain GPT": "baseline"}
-    for i, (name, values) in enumerate(bars.items()):
-        m = lab.estimate(values, pairs)
-        colour = lab.COLOURS[colours.get(name, name.removeprefix(few))]
-        right.barh(i, m.value, color=colour, xerr=m.bars, capsize=2)
-    right.plot(turned.mean(1), np.full(len(turned), len(bars)), ".", color=lab.COLOURS["rotated"])
-    right.set_yticks(range(len(bars) + 1), [*bars, few + "rotated"])
-    right.invert_yaxis()
-    right.axvline(0, color="k", linewidth=0.8)
-    right.set(xlabel="log-odds of the new over the old token, nats gained")
-    kept = report.numbers["share_kept_by_k"]
+def draw(report, swaps, few, tilts, pairs, kept):
+    """What a swap, a swap of few signals and an added direction change."""
+    rotated = few.gauges.mean() / swaps.native.mean()
     title = (
-        f"A swap of recipes moves the log-odds by {gains['reflow'].mean():.3g} nats, a random edit by "
-        f"{gains['random'].mean():.2g}; an eighth of the signals keeps {kept['native']:.0%} of it, rotated "
-        f"{kept['rotated']:.0%}, PCA {kept['pca']:.0%}, ICA {kept['ica']:.0%}: {report.claims[2].verdict}"
+        f"A swap of recipes moves the log-odds by {swaps.native.mean():.3g} nats, a random edit by "
+        f"{swaps['random'].mean():.2g}; an eighth of the signals keeps {kept['native']:.0%} of it, of "
+        f"rotations {rotated:.0%}, of PCA {kept['pca']:.0%}, of ICA {kept['ica']:.0%} "
+        f"({report['few_signals'].verdict})"
     )
-    report.figure(fig, "edits", title)
+    with report.figure("edits", title, 1, 3, size=(13, 3.2)) as (left, middle, right):
+        plot_scores(left, swaps, pairs, xlabel="swap: log-odds of the new token, nats")
+        plot_scores(middle, few, pairs, xlabel="swap of an eighth of the signals, nats")
+        plot_scores(right, tilts, xlabel="added direction: positive over negative words, nats")
+        for ax in (left, middle, right):
+            ax.axvline(0, color="k", lw=0.8)
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    run_experiment(run)
