@@ -29,13 +29,13 @@ METHODS = PAPER / "methods.json"  # for the appendix
 
 
 def methods():
-    """JSON of {"experiments" or "studies": {name: {"question", "method"}}}, from the scripts' docstrings."""
+    """JSON of {"experiments" or "studies": {name: {"question": text, "method": [paragraphs]}}}."""
     found = {}
     for group, names in (("experiments", NAMES), ("studies", STUDIES)):
         found[group] = {}
         for name in names:
             question, paragraphs = method(name)
-            found[group][name] = {"question": question, "method": " ".join(paragraphs)}
+            found[group][name] = {"question": question, "method": paragraphs}
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
