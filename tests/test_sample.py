@@ -1,7 +1,9 @@
-"""sample.py: text in, text out, and one line for every mistake."""
+"""sample.py: text in, text out, steering, and one line for every mistake."""
 
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import sample
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, encoding
 from model import ModelConfig, ReFlow
+from tests.lab_fixtures import save_run, tiny, token
+from tests.sentiment_fixtures import planted
 
 
 @pytest.fixture
@@ -97,3 +101,80 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="make one with: python train.py"):
         run(monkeypatch, capsys)
+
+
+# -- --steer
+
+
+def test_steering_is_read():
+    model = tiny()
+    items = sample.read_steering("+joy:4@0-2, -s7:.5@1,+peace:2@0", model)
+    assert [(strength, list(layers)) for _, strength, layers in items] == [
+        (4, [0, 1, 2]),
+        (-0.5, [1]),
+        (2, [0]),
+    ]
+    torch.testing.assert_close(items[0][0], model.vocab.matrix()[token("joy")])
+    torch.testing.assert_close(items[1][0], model.vocab.basis[7])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "not like"),
+        ("joy:4@0", "not like"),
+        ("+joy:four@0", "not like"),
+        ("+joy@0", "not like"),
+        ("+joy:1@0,", "not like"),
+        ("+joy:1@3", "from 0 to 2"),
+        ("+joy:1@2-1", "from 0 to 2"),
+        ("+s16:1@0", "s0 to s15"),
+        ("+antidisestablishment:1@0", "tokens: take a word"),
+    ],
+)
+def test_mistakes_in_steering_are_one_line(text, match):
+    with pytest.raises(UserError, match=match) as error:
+        sample.steered(tiny(), text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_gpt_is_steered_by_words_alone():
+    model = tiny(vocab="dense")
+    assert len(sample.read_steering("+joy:1@0", model)) == 1
+    with pytest.raises(UserError, match="no signals"):
+        sample.read_steering("+s1:1@0", model)
+
+
+def test_strength_zero_changes_nothing_and_a_word_raises_its_logit():
+    model, idx = tiny(), torch.arange(30).view(3, 10)
+    model.vocab.recipe.data[token("joy")] *= 10
+    plain = model(idx)[0]
+    with sample.steered(model, "+joy:0@0-2,-s3:0@1"):
+        assert torch.equal(model(idx)[0], plain)
+    with sample.steered(model, "+joy:8@2"):
+        pushed = model(idx)[0]
+    assert (pushed[..., token("joy")] > plain[..., token("joy")]).all()
+    assert (pushed.argmax(-1) == token("joy")).float().mean() > 0.5
+    assert torch.equal(model(idx)[0], plain)  # and it ends
+
+
+@pytest.mark.parametrize("vocab", ["factored", "topk", "dense"])
+def test_cached_and_uncached_generation_agree_under_steering(vocab):
+    model = tiny(1, vocab=vocab, **({"top_k": 4} if vocab == "topk" else {}))
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    with sample.steered(model, "+joy:0.7@0-1,-peace:0.5@1"):
+        cached = model.generate(prompts, 12, temperature=0)
+        assert cached == model.generate(prompts, 12, temperature=0, use_cache=False)
+        assert cached == [model.generate([p], 12, temperature=0)[0] for p in prompts]
+    assert cached != model.generate(prompts, 12, temperature=0)
+
+
+def test_the_script_steers_and_stays_light_without(tmp_path, monkeypatch, capsys):
+    folder = save_run(tmp_path / "run", planted(), "none")
+    arguments = [f"--run={folder}", "--device=cpu", "--dtype=fp32", "--num_samples=2", "--max_new_tokens=5"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--temperature=0", "--steer=+country:30@2"])
+    sample.main()
+    assert capsys.readouterr().out.count(" country" * 5) == 2
+    code = "import sys, sample; sample.main(); assert not {'experiments', 'scipy'} & set(sys.modules)"
+    root = Path(sample.__file__).parent
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, check=True, capture_output=True)
