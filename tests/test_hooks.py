@@ -1,5 +1,6 @@
 """Hooks: reading a stream and running from a layer equal the whole forward pass."""
 
+import pytest
 import torch
 
 import hooks
@@ -37,3 +38,77 @@ def test_the_lens_by_layer_is_the_logit_lens_of_all_layers_at_once():
     assert torch.allclose(kl, expected, atol=1e-6)
     assert (kl[:, -1].abs() < 1e-9).all() and (kl[:, 0] > 0.01).all()
     assert torch.equal(top, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("vocab", ["factored", "dense"])
+def test_with_embedding_is_the_same_model_with_another_embedding(vocab):
+    net = tiny(vocab=vocab)
+    x = ids(4, 16)
+    with torch.no_grad():
+        E = net.vocab.matrix()[: net.config.n_tokens]
+        same = hooks.with_embedding(net, E)
+        expected = net(x)[0][..., : net.config.n_tokens]
+        assert torch.allclose(hooks.unembed(same, net.encode(x)), expected, atol=1e-4)
+        input_only = hooks.with_embedding(net, E, torch.zeros_like(E))
+        assert torch.equal(input_only.encode(x), same.encode(x))
+        assert hooks.unembed(input_only, input_only.encode(x)).abs().max() == 0
+    assert net.vocab is not input_only.vocab and net.blocks is input_only.blocks
+
+
+def test_streams_are_those_of_the_models_own_forward_pass():
+    net = tiny()
+    x = ids(4, 16)
+    with torch.no_grad():
+        streams = hooks.resid_streams(net, net.vocab.embed(x))
+        assert torch.allclose(net.norm(streams[-1]), net.encode(x), atol=1e-6)
+        assert torch.equal(hooks.resid_streams(net, streams[1], layer=1)[-1], streams[-1])
+        for layer, stream in enumerate(streams):
+            assert torch.allclose(hooks.resid_pre(net, x, layer), stream, atol=1e-6)
+
+
+def test_token_losses_average_to_the_loss():
+    """Over the real tokens only: the padding rows take no probability."""
+    net = tiny()
+    x, y = ids(8, 16), ids(8, 16, seed=1)
+    with torch.no_grad():
+        logits = net(x)[0][..., : net.config.n_tokens].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    assert hooks.token_losses(net, x, y).double().mean().item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_final_states_ignore_the_padding():
+    net = tiny()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    with torch.no_grad():
+        alone = torch.stack([net.encode(torch.tensor([p]))[0, -1] for p in prompts])
+    assert torch.allclose(hooks.final_states(net, prompts, batch=2), alone, atol=1e-6)
+
+
+def test_steering_adds_residual_norms_and_leaves_no_trace():
+    net = tiny()
+    x = ids(2, 8)
+    direction = torch.randn(net.config.n_embd, generator=torch.Generator().manual_seed(0))
+    last = net.config.n_layer
+    with torch.no_grad():
+        before = net.encode(x)
+        clean = hooks.resid_streams(net, net.vocab.embed(x))[-1]
+        with hooks.steer(net, direction, 3.0, [last]):
+            moved = hooks.resid_pre(net, x, last) - clean
+        assert torch.allclose(moved.norm(dim=-1), 3 * clean.norm(dim=-1), rtol=1e-4)
+        assert torch.allclose(hooks.unit(moved), hooks.unit(direction).expand_as(moved), atol=1e-4)
+        assert torch.equal(net.encode(x), before)
+
+
+def test_steering_with_a_strength_for_each_row_at_some_positions():
+    """Strength 0 changes nothing, strength 2 at the last position changes that one alone."""
+    net = tiny()
+    x = ids(2, 8)
+    direction = torch.randn(net.config.n_embd, generator=torch.Generator().manual_seed(0))
+    strengths = torch.tensor([0.0, 2.0])[:, None, None]
+    with torch.no_grad():
+        before = net.encode(x)
+        with hooks.steer(net, direction, strengths, [0], positions=slice(-1, None)):
+            steered = net.encode(x)
+    assert torch.allclose(steered[0], before[0], atol=1e-6)
+    assert torch.equal(steered[:, :-1], before[:, :-1])
+    assert not torch.allclose(steered[1, -1], before[1, -1], atol=1e-2)

@@ -1,6 +1,5 @@
-"""Results on disk, and the page of a run: only results that belong together, looks apart."""
+"""The page of a run: only results that belong together, looks apart."""
 
-import csv
 import json
 
 import pytest
@@ -9,8 +8,6 @@ from checkpoint import write_atomically
 from configurator import UserError
 from experiments import report
 from experiments.lab import Report, Scores
-from experiments.lab.report import COLUMNS, method, save_and_print
-from experiments.lab.results import read_result
 from experiments.run_all import NAMES
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
 
@@ -44,26 +41,6 @@ def change(found, **fields):
     """Write other fields into the result.json of a saved report."""
     path = found.folder / "result.json"
     write_atomically(path, json.dumps(json.loads(path.read_text()) | fields))
-
-
-def test_a_result_is_written_whole(run, capsys):
-    """Identity and losses, rows under all columns, no temporary files; printed with its verdict."""
-    found = save_result(open_lab(run), "ablate_signal")
-    found.row("metric", 1.5, layer=2)
-    save_and_print(found)
-    assert "-> supported" in capsys.readouterr().out
-    result = read_result(found.folder / "result.json")
-    assert result.run.config_sha256 and result.val_loss == {"reflow": 9.0, "baseline": 9.0}
-    assert [(claim.key, claim.verdict) for claim in result.claims] == [("key", "supported")]
-    with open(found.folder / "rows.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert list(rows[-1]) == list(COLUMNS)
-    assert {name: value for name, value in rows[-1].items() if value} == {
-        "metric": "metric",
-        "value": "1.5",
-        "layer": "2",
-    }
-    assert not list((run / "experiments").glob(".*"))
 
 
 def test_the_page_holds_claims_and_figures_and_loads_nothing(run, monkeypatch):
@@ -152,11 +129,3 @@ def test_what_is_missing_or_cannot_be_read_says_what_to_run(run, monkeypatch):
     command = f"<code>python experiments/ablate_signal.py --run={run}</code>"
     assert f"The figure picture.png is missing. Run {command}" in page
     assert "is no result of this version" in page
-
-
-def test_a_script_tells_its_question_method_and_cost():
-    question, paragraphs = method("signal_lens")
-    assert question.endswith("which block wrote it?") and len(paragraphs) == 3
-    assert paragraphs[0].startswith("Signal lens: A_l") and paragraphs[2].startswith("Unit: a held-out")
-    _, cost = method("signal_lens", "Cost")
-    assert len(cost) == 1 and cost[0].startswith("One forward pass") and "\n" not in cost[0]

@@ -36,6 +36,8 @@ class Estimate:
     def __str__(self):
         if self.value is None:
             return "not a number"
+        if self.low is None or self.high is None:  # an end that was infinite or NaN when it was stored
+            return f"{self.value:.4g} (no interval)"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     @property

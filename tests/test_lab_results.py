@@ -52,7 +52,28 @@ def test_nan_and_infinity_are_stored_as_null(tmp_path):
     result = read_result(SAMPLE)
     result.claims[0].measured = Estimate(math.nan, -math.inf, math.inf)
     (tmp_path / "result.json").write_text(to_json(result), encoding="utf-8")
-    assert read_result(tmp_path / "result.json").claims[0].measured == Estimate(None, None, None)
+    read = read_result(tmp_path / "result.json").claims[0].measured
+    assert read == Estimate(None, None, None) and str(read) == "not a number"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(1.23456, 1, 2), "1.235 [1, 2]"),
+        (Estimate(2, -math.inf, math.inf), "2 [-inf, inf]"),
+        (Estimate(2, None, None), "2 (no interval)"),
+        (Estimate(2, None, 3), "2 (no interval)"),
+        (Estimate(2, 1, None), "2 (no interval)"),
+        (Estimate(None, None, None), "not a number"),
+    ],
+)
+def test_an_estimate_is_text_whatever_is_missing(estimate, text):
+    """An unbounded interval, as of two seeds, is null on both sides when it is read back."""
+    assert str(estimate) == text
+
+
+def test_error_bars_are_the_distances_to_both_ends():
+    assert Estimate(2.0, 1.5, 4.0).error == [[0.5], [2.0]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""A report: what an experiment found is written whole, printed, shown; scripts tell what they do."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from experiments.lab import Report, Scores
+from experiments.lab.report import COLUMNS, code_sha256, method, plain, save_and_print, table
+from experiments.lab.results import read_result
+from tests.lab_fixtures import corpus, open_lab, save_run, tiny
+
+SENTENCES = {"key": "a & b < c", "other": "native signals are special"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The lab of a tiny run with a dense one beside it."""
+    out = tmp_path_factory.mktemp("out")
+    data = corpus(tmp_path_factory.mktemp("data"), repeats=2)
+    save_run(out / "dense", tiny(vocab="dense"), data)
+    return open_lab(save_run(out / "tiny", tiny(), data))
+
+
+def make_report(lab, **options):
+    """A report with one supported claim and one figure."""
+    report = Report(lab, "ablate_signal", SENTENCES, options)
+    report.effect("key", Scores({"native": [1] * 30, "chance": [0] * 30}), "words", published="0.5")
+    with report.figure("picture", "what it shows") as ax:
+        ax.plot([0, 1])
+    return report
+
+
+def rows_of(report):
+    """The lines of a saved report's rows.csv, as dicts without empty cells."""
+    with open(report.folder / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert all(list(row) == list(COLUMNS) for row in rows)
+    return [{name: value for name, value in row.items() if value} for row in rows]
+
+
+def test_a_result_is_written_whole(lab, capsys):
+    """Identity and losses, rows under all columns, no temporary files; printed with its verdict."""
+    report = make_report(lab)
+    report.row("metric", 1.5, layer=2)
+    save_and_print(report)
+    assert "-> supported" in capsys.readouterr().out
+    result = read_result(report.folder / "result.json")
+    assert result.run.config_sha256 and result.val_loss == {"reflow": 9.0, "baseline": 9.0}
+    assert [(claim.key, claim.verdict) for claim in result.claims] == [("key", "supported")]
+    assert rows_of(report)[-1] == {"metric": "metric", "value": "1.5", "layer": "2"}
+    assert (report.folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(lab.results.glob(".*"))
+
+
+def test_a_claim_brings_its_scores_as_rows_and_numbers(lab):
+    """The mean of every entry and of every gauge, under the key of the claim."""
+    gauges = np.arange(19.0)[:, None].repeat(30, 1)
+    report = Report(lab, "ablate_signal", SENTENCES)
+    report.signals("other", Scores({"native": [20] * 30, "pca": [3] * 30}, gauges), "words")
+    report.scores("size", Scores({"native": [7]}), layer=1)
+    assert report["other"].verdict == "supported"
+    assert report["other"].claim == "native signals are special"
+    assert report.numbers == {"other": {"native": 20, "pca": 3, "gauges": list(range(19))}}  # none by layer
+    report.save()
+    rows = rows_of(report)
+    assert rows[0] == {"dictionary": "native", "metric": "other", "value": "20.0"}
+    assert rows[2] == {"dictionary": "rotation", "control": "0", "metric": "other", "value": "0.0"}
+    assert rows[-1] == {"dictionary": "native", "metric": "size", "value": "7.0", "layer": "1"}
+    assert len(rows) == 1 + 1 + 19 + 1
+
+
+def test_a_row_has_known_columns_only(lab):
+    with pytest.raises(AssertionError, match="colour"):
+        Report(lab, "ablate_signal", SENTENCES).row("metric", 1, colour="red")
+
+
+def test_options_of_ones_own_leave_the_record_alone(lab):
+    record = make_report(lab)
+    look = make_report(lab, prompt="The capital of")
+    assert record.folder == lab.results / "ablate_signal"
+    assert look.folder == lab.results / "looks" / "ablate_signal"
+    assert look.result().options == {"prompt": "The capital of"}
+
+
+def test_a_result_as_text_has_every_value_and_what_decided(lab):
+    report = make_report(lab)
+    report.gallery = "  an example\n"
+    report.notes.append("a caveat")
+    text = table(report.result())
+    assert text.startswith("ablate_signal: tiny, step 1 (validation loss: reflow 9.000, baseline 9.000)")
+    for part in ("effect: a & b < c", "measured  1 [1, 1]", "chance    0 [0, 0]", "published  0.5"):
+        assert part in text
+    assert "-> supported: gain over chance: 1 [1, 1] (n = 30 words)" in text
+    assert "  an example" in text and text.endswith("a caveat")
+
+
+def test_a_result_with_null_intervals_can_be_printed(lab):
+    """As read from a file that held an unbounded interval."""
+    result = make_report(lab).result()
+    result.claims[0].measured.low = None
+    result.claims[0].measured.high = None
+    assert "measured  1 (no interval)" in table(result)
+
+
+def test_a_notebook_shows_claims_and_figures(lab):
+    html = make_report(lab)._repr_html_()
+    assert "a &amp; b &lt; c" in html and "supported" in html
+    assert html.count("data:image/png;base64,") == 1 and 'alt="what it shows"' in html
+
+
+def test_numbers_become_what_json_can_hold():
+    found = plain({1: np.float32(2), "a": [np.nan, np.inf, np.int64(3)], "b": np.array([[1, 2]]), "c": "x"})
+    assert found == {"1": 2.0, "a": [None, None, 3], "b": [[1, 2]], "c": "x"}
+
+
+def test_results_of_one_code_have_one_hash():
+    assert code_sha256("ablate_signal") == code_sha256("ablate_signal") != code_sha256("signal_lens")
+
+
+def test_a_script_tells_its_question_method_and_cost():
+    question, paragraphs = method("signal_lens")
+    assert question.endswith("which block wrote it?") and len(paragraphs) == 3
+    assert paragraphs[0].startswith("Signal lens: A_l") and paragraphs[2].startswith("Unit: a held-out")
+    _, cost = method("signal_lens", "Cost")
+    assert len(cost) == 1 and cost[0].startswith("One forward pass") and "\n" not in cost[0]
