@@ -1,0 +1,136 @@
+"""ablate_signal: the input side equals an edited embedding, planted signals are found, verdicts that fail."""
+
+import pytest
+import torch
+
+import dictionary
+import hooks
+from attribution import Prediction, contributions
+from configurator import UserError
+from dictionary import Dictionary
+from experiments import ablate_signal
+from experiments.lab import Scores
+from experiments.lab.claims import N_GAUGES, signals
+from experiments.lab.results import read_result
+from tests.lab_fixtures import corpus, open_lab, save_run, tiny
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """An untrained run with a dense one beside it: nothing is there to be found."""
+    out = tmp_path_factory.mktemp("out")
+    data = corpus(tmp_path_factory.mktemp("data"))
+    save_run(out / "dense", tiny(vocab="dense"), data)
+    return open_lab(save_run(out / "tiny", tiny(), data))
+
+
+def test_the_input_side_equals_an_edited_embedding(lab):
+    """Taking a signal out of every embedding is reading from E without that signal; the head keeps it."""
+    net = lab.model.net
+    d = lab.model.dictionary
+    prompt = lab.heldout(1, 12)[0][0]
+    states = ablate_signal.ablate_input(net, d, prompt, batch=5)
+    for s in (0, 7, 15):
+        codes = d.codes.clone()
+        codes[:, s] = 0
+        edited = hooks.with_embedding(net, codes @ d.atoms, lab.model.E)
+        with torch.no_grad():
+            assert torch.allclose(states[s], edited.encode(prompt[None])[0, -1], atol=1e-4)
+
+
+def test_removing_a_signal_at_both_sides_is_a_model_without_it(lab):
+    """Mean size over signals of the change of the logit difference, by where a signal is removed."""
+    net = lab.model.net
+    d = lab.model.dictionary
+    prompts = lab.heldout(2, 10)[0]
+    sizes = ablate_signal.input_output_sizes(lab.model, prompts)
+    pred = ablate_signal.predict(net, prompts)
+    rows = torch.arange(2)
+
+    def difference(E_in, E_out):
+        with torch.no_grad():
+            edited = hooks.with_embedding(net, E_in, E_out)
+            logits = hooks.unembed(edited, edited.encode(prompts)[:, -1])
+        return logits[rows, pred.target] - logits[rows, pred.foil]
+
+    E = lab.model.E
+    changes = {"input": [], "output": [], "both": []}
+    for s in range(d.n_signals):
+        codes = d.codes.clone()
+        codes[:, s] = 0
+        less = codes @ d.atoms
+        for place, pair in (("input", (less, E)), ("output", (E, less)), ("both", (less, less))):
+            changes[place].append(difference(*pair) - difference(E, E))
+    for place, values in changes.items():
+        expected = torch.stack(values).abs().mean(0).numpy()
+        assert sizes[place] == pytest.approx(expected, abs=1e-5), place
+
+
+def test_n_90_by_hand():
+    rows = torch.tensor([[9.0, 0.5, -0.5], [1.0, 1.0, 1.0], [-5.0, 5.0, 0.0]])
+    assert ablate_signal.n_90(rows).tolist() == [1, 3, 2]
+
+
+def planted(seed, is_sparse, v=400, s=16):
+    """Recipes of one strong signal each, or Gaussian ones, which are alike in any rotation."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(v, s, generator=generator)
+    if is_sparse:
+        codes = 0.05 * codes
+        codes[torch.arange(v), torch.arange(v) % s] = 1.0
+    return Dictionary("native", codes, torch.linalg.qr(torch.randn(s, s, generator=generator)).Q)
+
+
+def concentration(d, seed, n=60):
+    """n_90 of the logit difference of random token pairs at random streams, (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, d.atoms.size(1), generator=generator)
+    target, foil = torch.randint(len(d.codes), (2, n), generator=generator)
+    p = (h @ d.matrix().T).softmax(-1)
+    return ablate_signal.n_90(contributions(Prediction(h, p, target, foil), d))
+
+
+def count_special(is_sparse):
+    """In how many of 20 seeds a planted dictionary is found more concentrated than its rotations."""
+    n_found = 0
+    for seed in range(20):
+        d = planted(seed, is_sparse)
+        generator = torch.Generator().manual_seed(100 + seed)
+        gauges = [concentration(dictionary.rotated(d, generator), seed) for _ in range(N_GAUGES)]
+        claim = signals(Scores({"native": concentration(d, seed)}, gauges), "prompts", lower=True)
+        n_found += claim["verdict"] == "supported"
+    return n_found
+
+
+def test_planted_signals_are_found_and_a_rotation_of_nothing_is_not():
+    assert count_special(True) == 20
+    assert count_special(False) <= 4  # 1 of 20 expected; more than 4 has a probability below 0.3 %
+
+
+def test_the_signal_that_alone_drives_one_token_is_the_strongest():
+    d = planted(0, is_sparse=True)
+    h = 8 * d.atoms[[3, 11]] + 0.1 * d.atoms[[5, 6]]
+    p = (h @ d.matrix().T).softmax(-1)
+    pred = Prediction(h, p, target=torch.tensor([3, 11]), foil=torch.tensor([5, 6]))
+    signal, change, kl = ablate_signal.strongest(pred, d)
+    assert signal.tolist() == [3, 11] and (change < -1).all() and (kl > 0.5).all()
+
+
+def test_an_untrained_run_supports_nothing(lab):
+    """From the files to the verdicts: no effect and no signals where nothing was learned."""
+    report = ablate_signal.run(lab)
+    report.save()
+    result = read_result(report.folder / "result.json")
+    assert {claim.key: claim.verdict for claim in result.claims} == {
+        "generalizes": "not supported",
+        "strongest": "not supported",
+        "concentrated": "not supported",
+    }
+    assert result.figures
+    assert all((report.folder / figure.file).stat().st_size > 10_000 for figure in result.figures)
+    assert "baseline" in (report.folder / "rows.csv").read_text()
+
+
+def test_an_empty_prompt_is_refused(lab):
+    with pytest.raises(UserError, match="--prompt is empty"):
+        ablate_signal.run(lab, ablate_signal.AblateConfig(prompt=""))
