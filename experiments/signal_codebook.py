@@ -4,12 +4,12 @@ What does each signal mean? A codebook of all signals, and a test against the si
     python experiments/signal_codebook.py --run=out/reflow-nano
 
 Method
-    A signal's column of codes ranks all tokens. The codebook lists both ends, of tokens known from training.
+    A signal's column of codes ranks all tokens. The codebook lists both ends, of tokens seen 5 times or more.
 
     Enrichment: rank-sum test of a category's words among all labelled words. z has the variance of the
     observed ranks, which is right for ties; p is of the normal approximation. Discoveries are those of
-    Benjamini and Hochberg, over signals x categories, at 5 %. Tested are the residuals of the codes from a
-    regression on log frequency and its square: words for money are more frequent than those for crops, and
+    Benjamini and Hochberg, over signals x categories, at 5 %. The test takes the residuals of a regression of
+    the codes on log frequency and its square: words for money are more frequent than those for crops, and
     signals follow frequency (Spearman is on every card), which would look like meaning.
 
     Held-out z: a signal's category and sign are chosen on half of every category's words, z is of the other
