@@ -45,8 +45,10 @@ from experiments.lab.plots import plot_curves, plot_scores
 CLAIMS = {
     "steers": "a sentiment direction made of recipes raises held-out positive words over negative ones, more "
     "than random directions and shuffled labels do and more than before training",
-    "beats_diffmean": "it steers further than a difference of mean activations and than the plain GPT's",
-    "few_signals": "its largest eighth of signals steers further than that of other dictionaries",
+    "beats_diffmean": "the sentiment direction steers further than a difference of mean activations and than "
+    "the plain GPT's direction",
+    "few_signals": "an eighth of the signals of the sentiment direction steers further than as many of other "
+    "dictionaries",
 }
 PUBLISHED = 'flips "terrible" to "great"; works entering layers 0 to 12 of 32 (464M, OpenWebText)'
 STRENGTHS = (-2.0, -1.0, 1.0, 2.0)  # residual norms; symmetric, so that a slope needs no intercept
@@ -105,8 +107,7 @@ def judge(tilts, losses):
         signs = (size, -size)
         concept = np.mean([2 / (1 + np.exp(-np.sign(s) * tilts[s])) - 1 for s in signs])
         fluent = np.mean([min(1, np.exp(losses[0.0] - losses[s])) for s in signs])
-        total = harmonic_mean(concept, fluent)
-        scores[size] = {"concept": concept, "fluency": fluent, "harmonic": total}
+        scores[size] = {"concept": concept, "fluency": fluent, "harmonic": harmonic_mean(concept, fluent)}
     return scores
 
 
@@ -146,8 +147,8 @@ def compare_directions(lab, respond, build, prompts, layer):
         return respond(subject, sentiment.direction(subject.dictionary, pairs))
 
     model, d = lab.model, lab.model.dictionary
-    rng = lab.rng("directions")
     labels = build.flatten()
+    rng = lab.rng("directions")
     shuffles = [labels[torch.from_numpy(rng.permutation(len(labels)))].view_as(build) for _ in range(DRAWS)]
     mixtures = torch.from_numpy(rng.standard_normal((DRAWS, d.n_signals))).to(d.codes)
     found = {
@@ -251,8 +252,8 @@ def draw(report, whole, few, scores, kl, best):
         cost.axvline(best, color="k", lw=0.8)
         cost.set(xlabel="strength, residual norms", ylabel="score, dev templates")
         cost.legend(fontsize=7)
-        for ax in (prompts, signals):
-            ax.axvline(0, color="k", lw=0.8)
+        prompts.axvline(0, color="k", lw=0.8)
+        signals.axvline(0, color="k", lw=0.8)
 
 
 if __name__ == "__main__":
