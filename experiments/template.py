@@ -4,8 +4,8 @@ Do a word and its opposite share their strongest signals?
     python experiments/template.py --run=release/reflow-mini
 
 Method
-    A template: copy it, put the new name where "template" stands, change the rest. Measured: the share of
-    a word's eight largest entries, centred, that are among its opposite's. Controls: other words' opposites and the untrained model. Unit: a pair of probes/analogies.json that the model knows.
+    The share of the eight largest entries of a word's centred recipe that are among its opposite's. Controls:
+    opposites of other words, the untrained model. Unit: a pair. To make it yours: copy, rename, change.
 
 Cost
     Seconds, mostly for the fit of ICA.
