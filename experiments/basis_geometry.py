@@ -1,29 +1,30 @@
 """
-What shape has the learned basis, did training shape it, and are its axes privileged?
+What shape does the learned basis have, did training shape it, and are its axes privileged?
 
     python experiments/basis_geometry.py --run=out/reflow-nano
 
-Claims
-  effect   training moved the basis in a coordinated way: more of a row's movement lies in the main
-           directions of the other rows' movement than if every row had moved as far in one of its own.
-  signals  the axes are privileged: the rows of the recipes have more excess kurtosis in the native signals
-           than in random rotations of them, in PCA and in ICA.
+Method
+    W_basis (S, d) and E: singular values, effective rank exp(entropy) (Roy & Vetterli, 2007), stable rank,
+    condition number. Coherence: the largest |cosine| of two signals, beside that of a Gaussian matrix and
+    Welch's lower bound. Anisotropy: how far G = WbWb' is from a multiple of I, where recipe cosines would be
+    those of E. Balance: the gradient flow of a product conserves Wr'Wr - WbWb', so the changes of the two are
+    compared. Unseen energy: the recipes' part in the left null space of W_basis, if S > d. Drift: 1 - cosine
+    of a row of W_basis and its start.
 
-Method. W_basis (S, d) and E: singular values, effective rank exp(entropy) (Roy & Vetterli, 2007), stable
-rank, condition number. Coherence: the largest |cosine| of two signals, beside a Gaussian matrix and Welch's
-lower bound. Anisotropy: how far G = WbWb' is from a multiple of I, where recipe cosines would be E's.
-Balance: the gradient flow of a product conserves Wr'Wr - WbWb', so the changes of the two are compared.
-Unseen energy: the recipes' part in the left null space of W_basis, if S > d. Drift: 1 - cosine of a row with
-its start. Movement: rows fall in two random halves; the main directions, d/16 of them, are the right singular
-vectors of one half's change, and are applied to the other. Independent movement gives 1/16.
-Kurtosis: an optimiser that works coordinate by coordinate can favour axes (Elhage et al., "Privileged bases
-in the transformer residual stream", 2023). Either way: recipes may also be *less* kurtotic than all their
-rotations, so the notes have an exact two-sided randomisation p (at least 1/20), by the distance from the mean
-of all twenty; the same for a plain GPT. Unit of movement: a row of the basis; of kurtosis: a token seen in
-training.
+    Movement: rows of W_basis fall in two random halves. The main directions, d/16 of them, are the first
+    right singular vectors of one half's change. They are applied to the other half. Control: every row moves
+    as far, in a random direction of its own. Independent movement has a share of 1/16.
 
-Cost beside ICA: 40 singular value decompositions, 19 rotations for each model, the spectra of E: on one core
-4 s for 64 signals, 90 s for 1,024.
+    Kurtosis: an optimiser that works coordinate by coordinate can favour axes (Elhage et al., "Privileged
+    bases in the transformer residual stream", 2023). Recipes may also be less kurtotic than all their
+    rotations, so the notes have an exact two-sided randomisation p (at least 1/20), by the distance from the
+    mean of all twenty; the same for a plain GPT.
+
+    Unit of movement: a row of the basis; of kurtosis: a token seen in training.
+
+Cost
+    Beside ICA: 40 singular value decompositions, 19 rotations for each model, the spectra of E. On one core
+    4 s for 64 signals, 90 s for 1,024.
 """
 
 import sys
@@ -31,289 +32,220 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from experiments import lab
+from experiments.lab import Lab, Report, Scores, run_experiment
+from experiments.lab.claims import N_GAUGES, to_numpy
+from experiments.lab.factorization import (
+    agreement,
+    anisotropy,
+    balances,
+    coherences,
+    factors,
+    ranks,
+    spectrum,
+    unseen,
+    welch,
+    without_rounding,
+)
+from experiments.lab.plots import COLOURS, plot_dot
+from experiments.lab.stats import kurtosis, two_sided
 
+CLAIMS = {
+    "movement": "training moved the signals in common directions (share of movement in those of others)",
+    "privileged": "the axes are privileged: recipes are more kurtotic in native signals than in any others",
+}
 PUBLISHED = '"continuous, low-redundancy" basis, no numbers (464M, OpenWebText)'
 DIRECTIONS = 1 / 16  # of d: the main directions of movement
 TOKENS = 2000  # whose kurtosis is measured
-
-
-def factors(net):
-    """(recipes (n_tokens, S), basis (S, d)) as they are in the model, float64; a dense one has a basis I."""
-    recipes = net.vocab.recipes().detach()[: net.config.n_tokens].double()
-    basis = getattr(net.vocab, "basis", None)
-    return recipes, torch.eye(recipes.size(1)).to(recipes) if basis is None else basis.detach().double()
-
-
-def spectrum(matrix):
-    """Singular values of a matrix, largest first; min(rows, columns) of them."""
-    tall = matrix if len(matrix) >= matrix.size(1) else matrix.T
-    return torch.linalg.eigvalsh(tall.T @ tall).clamp(min=0).sqrt().flip(0).cpu().numpy()
-
-
-def ranks(s):
-    """{measure: value} of singular values s; those below a millionth of the largest are rounding."""
-    s = s[s > s[0] * 1e-6]
-    p = s / s.sum()
-    return {
-        "rank": len(s),
-        "effective rank": float(np.exp(-(p * np.log(p)).sum())),
-        "stable rank": float((s**2).sum() / s[0] ** 2),
-        "condition number": float(s[0] / s[-1]),
-    }
-
-
-def coherences(rows):
-    """Largest |cosine| of each row (S, d) with another one, (S,)."""
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    return (unit @ unit.T).abs().fill_diagonal_(0).amax(1).cpu().numpy()
-
-
-def welch(n, d):
-    """The least coherence that n directions in d dimensions can have."""
-    return float(np.sqrt((n - d) / (d * (n - 1)))) if n > d else 0.0
-
-
-def imbalance(a, b):
-    """|A - B| / (|A| + |B|) of two matrices: 0 if they are equal, at most 1."""
-    return float((a - b).norm() / (a.norm() + b.norm()).clamp(min=1e-30))
-
-
-def balance(recipes, basis):
-    """(Wr'Wr, WbWb'), (S, S) each: gradient flow changes both by the same."""
-    return recipes.T @ recipes, basis @ basis.T
-
-
-def unseen(recipes, basis):
-    """Share of the recipes' energy that E never sees: the part that the basis maps to zero."""
-    u, s, _ = torch.linalg.svd(basis, full_matrices=False)
-    seen = recipes @ u[:, s > s[0] * 1e-9]
-    return float(1 - (seen**2).sum() / (recipes**2).sum())
-
-
-def anisotropy(basis):
-    """|G - cI| / |G| of G = WbWb' with the best c: 0 if recipe cosines are E's cosines."""
-    g = basis @ basis.T
-    return float((g - g.trace() / len(g) * torch.eye(len(g)).to(g)).norm() / g.norm())
-
-
-def agreement(codes, E):
-    """Correlation and mean difference of the cosines of all pairs of rows in codes (n, S) and in E (n, d)."""
-    i, j = torch.triu_indices(len(E), len(E), 1)
-    a, b = ((u := torch.nn.functional.normalize(x, dim=1)) @ u.T for x in (codes, E))
-    a, b = a[i, j].cpu().numpy(), b[i, j].cpu().numpy()
-    return float(np.corrcoef(a, b)[0, 1]), float(np.abs(a - b).mean())
+PAIRS_OF = 1000  # tokens whose cosines are compared in recipes and in E
+STYLES = {  # of spectra: colour and line
+    "basis": ("native", "-"),
+    "basis, step 0": ("step 0", "-"),
+    "basis, gaussian": ("random", "-"),
+    "E, reflow": ("native", "--"),
+    "E, baseline": ("baseline", "--"),
+    "E, step 0": ("step 0", "--"),
+}
 
 
 def shared_movement(change, rng):
     """Share of each row's movement (S, d) in the main directions of the other half's, (S,); 0 if still."""
     n, d = change.shape
-    halves, share = np.array_split(rng.permutation(n), 2), np.zeros(n)
+    share = np.zeros(n)
+    halves = np.array_split(rng.permutation(n), 2)
     for here, there in (halves, halves[::-1]):
-        directions = np.linalg.svd(change[there], full_matrices=False)[2][: max(1, round(d * DIRECTIONS))]
+        _, _, axes = np.linalg.svd(change[there], full_matrices=False)
+        directions = axes[: max(1, round(d * DIRECTIONS))]
         energy = (change[here] ** 2).sum(1)
         share[here] = ((change[here] @ directions.T) ** 2).sum(1) / np.maximum(energy, 1e-30)
     return share
 
 
-def own_start(laboratory):
-    """The run's model before training: the run itself at step 0; None if it did not keep that step."""
-    if laboratory.state["step"] == 0:
-        return laboratory.reflow
-    return laboratory.step0 if (laboratory.folder / "step_000000").is_dir() else None
+def moved_alone(change, lab, rng):
+    """The same share if each row moves as far in a random direction, mean of 19 draws, (S,)."""
+    length = np.linalg.norm(change, axis=1, keepdims=True)
+    free = rng.standard_normal((N_GAUGES, *change.shape))
+    free *= length / np.linalg.norm(free, axis=2, keepdims=True)
+    return np.mean([shared_movement(each, lab.rng("halves")) for each in free], axis=0)
 
 
-def two_sided(value, others):
-    """Exact p that `value` is one of the exchangeable `others`, by its distance from the mean of them all."""
-    every = np.append(value, others)
-    far = np.abs(every - every.mean())
-    return float((far >= far[0] * (1 - 1e-12)).mean())
+def own_start(lab):
+    """The run's model before training; the run itself at step 0; None if it did not keep that step."""
+    if lab.checkpoint.step == 0:
+        return lab.model
+    return lab.step0 if lab.step0.checkpoint else None
 
 
-def row_kurtosis(dictionary, tokens=slice(None)):
-    """Excess kurtosis of the codes of each token, (n,)."""
-    return lab.kurtosis(dictionary.codes[tokens].double().cpu().numpy())
+def row_kurtosis(d):
+    """Excess kurtosis of the codes of each token of a dictionary, (n,)."""
+    return kurtosis(to_numpy(d.codes))
 
 
-def run(laboratory):
-    report = lab.Report(laboratory, "basis_geometry")
-    subject, start = laboratory.reflow, own_start(laboratory)
-    recipes, basis = factors(subject.net)
-    n_signals, d = basis.shape
-    rng = laboratory.rng("basis")
+def compare_kurtosis(lab, tokens):
+    """{subject: Scores} of row_kurtosis and of 19 rotations; of the run's own model in PCA and ICA too."""
+    found = {"reflow": lab.compare(row_kurtosis, tokens=tokens)}
+    for subject in lab.subjects[1:]:
+        d = subject.dictionary.part(tokens)
+        found[subject.name] = Scores({"native": row_kurtosis(d)}, [row_kurtosis(r) for r in lab.gauges(d)])
+    return found
+
+
+def run(lab: Lab, config=None) -> Report:
+    report = Report(lab, "basis_geometry", CLAIMS)
+    recipes, basis = factors(lab.model.net)
+    start = own_start(lab)
+    start_factors = factors((start or lab.step0).net)
+    rng = lab.rng("basis")
+
+    # The shape of the basis and of E.
     gaussian = torch.from_numpy(rng.standard_normal(basis.shape)).to(basis)
-
-    matrices = {
-        "basis": basis,
-        "basis, step 0": factors(laboratory.step0.net)[1],
-        "basis, gaussian": gaussian,
-    }
-    matrices |= {f"E, {s.name}": s.E.double() for s in laboratory.subjects}
-    spectra = {name: spectrum(m) for name, m in matrices.items()}
+    bases = {"basis": basis, "basis, step 0": factors(lab.step0.net)[1], "basis, gaussian": gaussian}
+    spectra = {name: spectrum(matrix) for name, matrix in bases.items()}
+    spectra |= {f"E, {subject.name}": spectrum(subject.E.double()) for subject in lab.subjects}
     shape = {name: ranks(s) for name, s in spectra.items()}
-    for name in ("basis", "basis, step 0", "basis, gaussian"):
-        shape[name]["coherence"] = float(coherences(matrices[name]).max())
-        shape[name]["anisotropy"] = anisotropy(matrices[name])
-    now, then = balance(recipes, basis), balance(*factors((start or laboratory.step0).net))
-    changes = imbalance(now[0] - then[0], now[1] - then[1])
-    shape["basis"] |= {"imbalance": imbalance(*now), "imbalance of changes": changes}
+    for name, matrix in bases.items():
+        shape[name]["coherence"] = float(coherences(matrix).max())
+        shape[name]["anisotropy"] = anisotropy(matrix)
+    shape["basis"] |= balances((recipes, basis), start_factors)
     shape["basis"]["energy unseen"] = unseen(recipes, basis)
     for name, values in shape.items():
         for metric, value in values.items():
             report.row(metric, value, control=name)
 
-    # Movement
-    origin = factors((start or laboratory.step0).net)[1]
-    change = (basis - origin).cpu().numpy()
-    drift = (1 - torch.nn.functional.cosine_similarity(basis, origin)).cpu().numpy()
-    moved = shared_movement(change, laboratory.rng("halves"))
-    length = np.linalg.norm(change, axis=1, keepdims=True)
-    free = rng.standard_normal((lab.ROTATIONS, *change.shape))
-    free *= length / np.linalg.norm(free, axis=2, keepdims=True)
-    alone = np.mean([shared_movement(x, laboratory.rng("halves")) for x in free], axis=0)
-    report.claim(
-        lab.effect(
-            "training moved the signals in common directions (share of movement in the main ones of others)",
-            moved,
-            {"moved independently": alone} if start else {},
-            "signals",
-            published=PUBLISHED,
-        )
-    )
+    # Where training moved it.
+    origin = start_factors[1]
+    change = to_numpy(basis - origin)
+    drift = to_numpy(1 - F.cosine_similarity(basis, origin))  # (S,)
+    movement = Scores({"native": shared_movement(change, lab.rng("halves"))})
+    if start:
+        movement["moved independently"] = moved_alone(change, lab, rng)
+    report.effect("movement", movement, "signals", published=PUBLISHED)
 
-    # Privileged axes
-    tokens = np.sort(laboratory.rng("tokens").permutation(laboratory.known_tokens())[:TOKENS])
-    kurtoses, p = {}, {}
-    for s in laboratory.subjects:
-        part = lab.Dictionary("native", s.dictionary.codes[tokens], s.dictionary.atoms)
-        turned = np.stack([row_kurtosis(r) for r in laboratory.rotations(part)])
-        kurtoses[s.name] = row_kurtosis(part), turned
-        own, others = kurtoses[s.name][0].mean(), kurtoses[s.name][1].mean(1)
-        p[s.name] = two_sided(own, others)
-        report.row("row kurtosis", own, model=s.name, dictionary="native")
-        report.row("row kurtosis p, two-sided", p[s.name], model=s.name, dictionary="native")
-        for i, value in enumerate(others):
-            report.row("row kurtosis", value, model=s.name, dictionary="rotated", control=f"rotation {i}")
-    rivals = {name: row_kurtosis(r, tokens) for name, r in laboratory.rivals(subject).items()}
-    for name, values in rivals.items():
-        report.row("row kurtosis", values.mean(), model=subject.name, dictionary=name)
-    report.claim(
-        lab.signals(
-            "the axes are privileged: recipes are more kurtotic in the native signals than in any others",
-            *kurtoses[subject.name],
-            rivals,
-            "tokens",
-        )
-    )
+    # Whether its axes are privileged.
+    tokens = np.sort(lab.rng("tokens").permutation(lab.words.known_tokens())[:TOKENS])
+    kurtoses = compare_kurtosis(lab, tokens)
+    report.signals("privileged", kurtoses["reflow"], "tokens")
+    report.numbers["row_kurtosis"] = {}
+    for name, scores in kurtoses.items():
+        rotations = scores.gauges.mean(1)
+        p = two_sided(scores.native.mean(), rotations)
+        found = {"native": scores.native.mean(), "rotations": rotations, "p_two_sided": p}
+        report.numbers["row_kurtosis"][name] = found
+        report.scores("row kurtosis", scores, model=name)
+        report.row("row kurtosis p, two-sided", p, model=name, dictionary="native")
 
-    some = torch.from_numpy(tokens[:1000]).to(subject.E.device)
-    r, difference = agreement(subject.dictionary.codes[some], subject.E[some])
-    projector = torch.linalg.svd(origin, full_matrices=False)[2]  # (min(S, d), d)
-    E = matrices[f"E, {subject.name}"]
-    outside = float(1 - ((E @ projector.T) ** 2).sum() / (E**2).sum())
-    report.numbers = {
-        "signals": n_signals,
-        "n_embd": d,
+    some = lab.model.dictionary.part(tokens[:PAIRS_OF])
+    correlation, difference = agreement(some.codes, some.matrix())
+    report.numbers |= {
+        "signals": len(basis),
+        "n_embd": basis.size(1),
         "shape": shape,
-        "welch_bound": welch(n_signals, d),
-        "drift": dict(zip(("mean", "min", "max"), (drift.mean(), drift.min(), drift.max()), strict=True)),
-        "recipe_and_E_cosine": {"correlation": r, "mean_difference": difference},
-        "E_outside_the_span_of_the_start": outside,
-        "row_kurtosis": {
-            name: {"native": own.mean(), "rotations": others.mean(1).tolist(), "p_two_sided": p[name]}
-            for name, (own, others) in kurtoses.items()
-        },
+        "welch_bound": welch(*basis.shape),
+        "drift": {"mean": drift.mean(), "min": drift.min(), "max": drift.max()},
+        "recipe_and_E_cosine": {"correlation": correlation, "mean_difference": difference},
     }
-    report.notes += notes(report.numbers, subject.name)
+    report.notes += notes(report.numbers)
     if start is None:
-        report.notes.append("The run's own step 0 was not kept: its drift is unknown.")
+        report.notes.append("The run's own step 0 was not kept: its movement and drift are unknown.")
     report.gallery = gallery(shape)
-    figures(report, spectra, basis, gaussian, kurtoses, rivals)
+    draw(report, spectra, basis, gaussian, kurtoses)
     return report
 
 
-def notes(numbers, subject):
-    basis, null = numbers["shape"]["basis"], numbers["shape"]["basis, gaussian"]
-    k, cosine, drift = numbers["row_kurtosis"][subject], numbers["recipe_and_E_cosine"], numbers["drift"]
-    side = "more" if k["native"] > np.mean(k["rotations"]) else "less"
-    lines = [
-        f"Signals: coherence {basis['coherence']:.3f} (Gaussian {null['coherence']:.3f}, least possible "
-        f"{numbers['welch_bound']:.3f}), condition number {basis['condition number']:.3g} (Gaussian "
-        f"{null['condition number']:.3g}), |G - cI| / |G| = {basis['anisotropy']:.3f}.",
-        f"Recipe cosine against E cosine, pairs of 1,000 tokens: correlation {cosine['correlation']:.3f}, "
-        f"mean difference {cosine['mean_difference']:.3f}.",
-        f"Drift of a row, 1 - cosine: mean {drift['mean']:.3f}, {drift['min']:.3f} to {drift['max']:.3f}; "
-        f"{numbers['E_outside_the_span_of_the_start']:.1%} of E's energy is outside the span of the start.",
+def notes(numbers):
+    """Sentences about the shape, and the two-sided p of every model."""
+    basis, cosine, drift = numbers["shape"]["basis"], numbers["recipe_and_E_cosine"], numbers["drift"]
+    p = {name: f"{found['p_two_sided']:.2f}" for name, found in numbers["row_kurtosis"].items()}
+    return [
+        f"|G - cI| / |G| = {basis['anisotropy']:.3f}. Least possible coherence {numbers['welch_bound']:.3f}. "
+        f"Cosines of recipes and of E, pairs of {PAIRS_OF:,} tokens: correlation "
+        f"{cosine['correlation']:.3f}, mean difference {cosine['mean_difference']:.3f}.",
+        f"Drift of a row, 1 - cosine: mean {drift['mean']:.3f}, {drift['min']:.3f} to {drift['max']:.3f}.",
         f"Balance, |a - b| / (|a| + |b|) of Wr'Wr and WbWb': {basis['imbalance']:.3f}, of their changes "
-        f"{basis['imbalance of changes']:.3f} (0 under gradient flow); recipes' energy that E never sees: "
-        f"{basis['energy unseen']:.2%}.",
-        f"Two-sided: recipes are {side} kurtotic than the mean rotation, p = {k['p_two_sided']:.2f}.",
+        f"{basis['imbalance of changes']:.3f} (0 under gradient flow). Energy of the recipes that E never "
+        f"sees: {max(0, basis['energy unseen']):.2%}.",
+        "Two-sided p of the kurtosis: " + ", ".join(f"{name} {value}" for name, value in p.items()) + ".",
     ]
-    if "baseline" in numbers["row_kurtosis"]:
-        p = numbers["row_kurtosis"]["baseline"]["p_two_sided"]
-        lines.append(f"Two-sided, rows of the plain GPT's E in its own coordinates: p = {p:.2f}.")
-    return lines
 
 
 def gallery(shape):
-    columns = ("rank", "effective rank", "stable rank", "condition number", "coherence")
-    lines = [f"{'':18}" + "".join(f"{c:>18}" for c in columns)]
+    """Text: the ranks of every matrix, and the coherence of bases."""
+    columns = [*shape["basis, step 0"]][:5]
+    lines = [" " * 18 + "".join(f"{column:>18}" for column in columns)]
     for name, values in shape.items():
-        cells = (f"{values[c]:18.4g}" if c in values else f"{'':18}" for c in columns)
+        cells = [f"{values[column]:18.4g}" if column in values else " " * 18 for column in columns]
         lines.append(f"{name:18}" + "".join(cells))
     return "\n".join(lines)
 
 
-def figures(report, spectra, basis, gaussian, kurtoses, rivals):
-    plt = lab.pyplot()
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.6))
-    styles = {"basis": ("native", "-"), "basis, step 0": ("step 0", "-"), "basis, gaussian": ("random", "-")}
-    styles |= {
-        "E, reflow": ("native", "--"),
-        "E, baseline": ("baseline", "--"),
-        "E, step 0": ("step 0", "--"),
-    }
-    for name, s in spectra.items():
-        s = s[s > s[0] * 1e-6]
-        colour, line = styles[name]
-        left.plot(np.arange(1, len(s) + 1), s / s[0], line, color=lab.COLOURS[colour], label=name)
-    left.set(xlabel="number of singular value", ylabel="singular value / largest", yscale="log", xscale="log")
-    left.legend(fontsize=7)
-
-    values = {"learned": coherences(basis), "Gaussian": coherences(gaussian)}
-    edges = np.linspace(0, max(v.max() for v in values.values()), 30)
-    for (label, v), colour in zip(values.items(), ("native", "random"), strict=True):
-        middle.hist(v, edges, histtype="step", color=lab.COLOURS[colour], label=label, lw=1.5)
-    middle.axvline(welch(*basis.shape), color="k", ls=":", lw=1, label="Welch bound")
-    middle.set(xlabel="largest |cosine| of a signal with another", ylabel="signals")
-    middle.legend(fontsize=7)
-
-    points = {"native": kurtoses["reflow"], **{k: (v, None) for k, v in rivals.items()}}
-    points |= {name: kurtoses[name] for name in ("baseline", "step 0") if name in kurtoses}
-    for y, (name, (own, others)) in enumerate(points.items()):
-        if others is not None:
-            right.plot(others.mean(1), [y] * len(others), "|", color=lab.COLOURS["rotated"], ms=10)
-        right.plot(own.mean(), y, "o", color=lab.COLOURS[name])
-    right.set_yticks(range(len(points)), list(points))
-    right.set_ylim(len(points) - 0.5, -0.5)
-    right.set_xscale("symlog", linthresh=1)
-    right.set_xlim(right=max(1.5, 1.6 * right.dataLim.x1))
-    ticks = [t for t in (-1, 0, 1, 3, 10, 30, 100) if right.get_xlim()[0] <= t <= right.get_xlim()[1]]
-    right.set_xticks(ticks, ticks)
-    right.minorticks_off()
-    right.set(xlabel="excess kurtosis of a recipe, mean\n(grey: 19 rotations of the same)")
-    k = report.numbers["row_kurtosis"]["reflow"]
-    b = report.numbers["shape"]["basis"]
+def draw(report, spectra, basis, gaussian, kurtoses):
+    """Singular values; coherence of signals beside a Gaussian matrix; kurtosis beside rotations."""
+    shape, privileged = report.numbers["shape"]["basis"], report["privileged"]
     title = (
-        f"Effective rank {b['effective rank']:.1f} of {len(basis)} signals, coherence {b['coherence']:.2f}; "
-        f"row kurtosis {k['native']:.3f}, rotations {min(k['rotations']):.3f} to {max(k['rotations']):.3f}"
+        f"Effective rank {shape['effective rank']:.1f} of {len(basis)} signals, coherence "
+        f"{shape['coherence']:.2f}; row kurtosis {privileged.measured.value:.3f}, rotations "
+        f"{privileged.gauges.low:.3f} to {privileged.gauges.high:.3f}"
     )
-    report.figure(fig, "basis", title)
+    with report.figure("basis", title, 1, 3, size=(10, 3.6)) as (left, middle, right):
+        for name, (colour, line) in STYLES.items():
+            if name in spectra:
+                s = without_rounding(spectra[name])
+                left.plot(np.arange(1, len(s) + 1), s / s[0], line, color=COLOURS[colour], label=name)
+        left.set(xlabel="number of singular value", ylabel="singular value / largest")
+        left.set(xscale="log", yscale="log")
+        learned, random = coherences(basis), coherences(gaussian)
+        edges = np.linspace(0, max(learned.max(), random.max()), 30)
+        middle.hist(learned, edges, histtype="step", color=COLOURS["native"], label="learned", lw=1.5)
+        middle.hist(random, edges, histtype="step", color=COLOURS["random"], label="Gaussian", lw=1.5)
+        middle.axvline(welch(*basis.shape), color="k", ls=":", lw=1, label="Welch bound")
+        middle.set(xlabel="largest |cosine| of a signal with another", ylabel="signals")
+        for ax in (left, middle):
+            ax.legend(fontsize=7)
+        draw_kurtoses(right, kurtoses)
+
+
+def draw_kurtoses(ax, kurtoses):
+    """One row for each dictionary and each other model: mean with interval; rotations as grey ticks."""
+    others = {name: scores for name, scores in kurtoses.items() if name != "reflow"}
+    means = kurtoses["reflow"] | {name: scores.native for name, scores in others.items()}
+    rotations = {"native": kurtoses["reflow"].gauges}
+    rotations |= {name: scores.gauges for name, scores in others.items()}
+    for y, (name, values) in enumerate(means.items()):
+        for kurtosis_of_one in rotations.get(name, ()):
+            ax.plot(kurtosis_of_one.mean(), y, "|", color=COLOURS["gauges"], ms=10)
+        plot_dot(ax, y, values, name)
+    ax.set_yticks(range(len(means)), means)
+    ax.set_ylim(len(means) - 0.5, -0.5)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlim(right=max(1.5, 1.6 * ax.dataLim.x1))
+    ticks = [t for t in (-1, 0, 1, 3, 10, 30, 100) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.set(xlabel="excess kurtosis of a recipe, mean\n(grey: 19 rotations of the same)")
 
 
 if __name__ == "__main__":
-    lab.main(run)
+    run_experiment(run)

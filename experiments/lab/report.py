@@ -33,6 +33,7 @@ COLUMNS = (
     "signal",
     "prompt",
     "strength",
+    "n_signals",
     "metric",
     "value",
 )

@@ -54,6 +54,13 @@ def benjamini_hochberg(p, rate=0.05):
     return found
 
 
+def two_sided(value, others):
+    """Exact p that `value` is one of the exchangeable `others`, by its distance from the mean of them all."""
+    every = np.append(value, others)
+    distance = np.abs(every - every.mean())
+    return float((distance >= distance[0] * (1 - 1e-12)).mean())
+
+
 def gini(rows):
     """Gini coefficient of |rows| (n, S), 0 for even to 1 for sparse, (n,): Hurley & Rickard, 0811.4706."""
     x = np.sort(np.abs(rows), axis=1)
