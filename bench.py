@@ -139,7 +139,7 @@ def llama(m):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from export import llama_config
+    from formats.llama import llama_config
 
     return LlamaForCausalLM(LlamaConfig(**llama_config(m, torch.float32), use_cache=False))
 

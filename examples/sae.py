@@ -23,7 +23,7 @@ import checkpoint
 import configurator
 from configurator import UserError
 from data.tokenizer import encode
-from export import read_llama
+from formats.llama import read_llama
 
 TEXT = "Our first duty is to the people of the United States, who gave us this government and its laws. " * 8
 
