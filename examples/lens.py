@@ -7,9 +7,8 @@ An exported run in TransformerLens 4: checked against our own model, then read l
 
 Our module names and the hooks that see the same values are in HOOKS. Two things differ, both from the order
 in which Llama rotates a head: hook_q and hook_k hold our values permuted within each head (to_halves of
-formats/llama.py;
-attention scores and everything else are the same). Do not call enable_compatibility_mode() with its weight
-processing before comparing: it centres the logits.
+formats/llama.py; attention scores and everything else are the same). Do not call enable_compatibility_mode()
+with its weight processing before comparing: it centres the logits.
 """
 
 import sys

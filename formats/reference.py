@@ -171,8 +171,9 @@ def open_reference(path):
         raise UserError(f"{path} is no reference checkpoint: transformer.h, .wte or .ln_f is missing")
     if head is not None and "" in vocab and not torch.equal(head, vocab[""]):
         raise UserError(f"{path}: lm_head is not tied to transformer.wte: not supported")
-    blocks = [blocks.get(i, {}) for i in range(max(blocks) + 1)]
-    if any(block.keys() != blocks[0].keys() for block in blocks):
+    numbers = sorted(blocks)
+    blocks = [blocks[i] for i in numbers]
+    if numbers != list(range(len(blocks))) or any(block.keys() != blocks[0].keys() for block in blocks):
         raise UserError(f"{path}: blocks are missing or differ in their weights")
     settings = parts.get("config", {}) | parts.get("model_args", {})
     return Reference(vocab, blocks, norms[0], rope_table, settings)

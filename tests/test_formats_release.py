@@ -1,5 +1,7 @@
 """A release is a run of one checkpoint without its optimiser."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ import checkpoint
 import sample
 import train
 from configurator import UserError
-from tests.formats_fixtures import KINDS, go, random_model, save
+from data.datasets import run_words
+from data.shards import Dataset
+from formats.release import write_release
+from tests.formats_fixtures import KINDS, go, random_model, save, write_corpus
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -29,3 +34,21 @@ def test_a_release_is_a_run(kind, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "hf" / "config.json").exists()
     with pytest.raises(UserError, match="one checkpoint, not a run"):  # nothing to resume, nothing to mix
         go(f"--out_dir={to}", "--resume", "--device=cpu", main=train.main)
+
+
+def test_a_release_brings_its_counts(tmp_path):
+    """Words are still known by what the model was trained on where the training text is gone."""
+    data = write_corpus(tmp_path / "data")
+    run = save(random_model("factored", block_size=16), tmp_path / "run", dataset=str(data))
+    path = run / "step_000000" / "state.json"
+    sha = {"data_sha256": Dataset(data, "val", 1).data_sha256}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sha))
+    ckpt = checkpoint.open_run(run)
+    expected = run_words(ckpt.path, ckpt.state).counts
+    write_release(ckpt, tmp_path / "release", "fp16")
+    data.rename(tmp_path / "elsewhere")
+    write_release(checkpoint.open_run(tmp_path / "release"), tmp_path / "again", "fp16")  # it keeps them
+    for folder in ("release", "again"):
+        released = checkpoint.open_run(tmp_path / folder)
+        found = run_words(released.path, released.state).counts
+        assert found.sum() > 1000 and (found == expected).all(), folder
