@@ -9,10 +9,10 @@ import torch
 
 import checkpoint
 import dictionary
-import export
 from configurator import UserError
 from data.shards import Dataset
 from experiments.lab.probes import categories
+from formats.release import write_release
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny, token
 
 
@@ -147,12 +147,13 @@ def test_a_release_brings_its_counts(tmp_path, capsys):
     state = run / "step_000001" / "state.json"
     sha = Dataset(data, "val", 1).data_sha256
     checkpoint.write_atomically(state, json.dumps(json.loads(state.read_text()) | {"data_sha256": sha}))
-    export.release(checkpoint.find(run), tmp_path / "release", "fp16")
+    write_release(checkpoint.open_run(run), tmp_path / "release", "fp16")
     expected = open_lab(run).words.counts
     assert expected.sum() > 1000
     assert (open_lab(tmp_path / "release").words.counts == expected).all()
     shutil.rmtree(data)
-    export.release(tmp_path / "release", tmp_path / "again", "fp16")  # a release of a release keeps them
+    released = checkpoint.open_run(tmp_path / "release")
+    write_release(released, tmp_path / "again", "fp16")  # a release of a release keeps them
     again = open_lab(tmp_path / "again")
     assert (again.words.counts == expected).all()
     assert again.text.name == "sotu"
