@@ -25,7 +25,7 @@ FLOORS = (  # from the top; a name stands for a module, or for a package with al
     ("attribution",),
     ("dictionary", "hooks", "data"),
     ("checkpoint",),
-    ("hardware",),
+    ("hardware", "files"),
     ("model", "configurator"),
 )
 STANDALONE = ("experiments", "examples")  # packages of scripts: none imports another one of them

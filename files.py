@@ -1,0 +1,77 @@
+"""
+Exclusive use of a folder: two commands never write the same one at once.
+
+    with files.lock(folder):
+        ...                     a second command that asks for `folder` meanwhile stops in one line
+"""
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+
+from configurator import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is held
+    fcntl = None
+
+
+@contextlib.contextmanager
+def lock(folder, wait=False):
+    """Hold `folder`, which need not exist, until the block ends or the process does, kill -9 included.
+
+    If another process holds it: UserError that names that process, or with `wait`, wait for its end. The lock
+    is a file beside the folder, out/.reflow-nano.lock, or inside it where its parent cannot be written.
+    UserError if neither can be.
+    """
+    folder = Path(folder).resolve()
+    file = None if fcntl is None else acquire(folder, wait)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)  # first: who opens it from now on makes a new one
+            file.close()
+
+
+def acquire(folder, wait):
+    """The locked file of a folder, open."""
+    while True:
+        file = open_beside(folder)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{folder} is in use by {owner}: wait for its end, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                break
+        file.close()  # its owner removed it in this moment
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
+def open_beside(folder):
+    """The file that stands for a folder, opened for reading and writing."""
+    with contextlib.suppress(OSError):  # the open below says why
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    beside, inside = folder.with_name(f".{folder.name}.lock"), folder / ".lock"
+    for path in (beside, inside):
+        try:
+            return open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            if path == beside or folder.is_dir():
+                reason = error.strerror
+    raise UserError(f"{folder} cannot be written: {reason}: give another folder")
