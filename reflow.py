@@ -1,33 +1,179 @@
 """
-A trained model in Python: what each signal says, exactly.
+Look into a trained model: what each signal adds to a prediction, what a signal or a token is made of.
 
+    python reflow.py why "The capital of France is" --target=Paris --foil=London
+    python reflow.py signal 189
+    python reflow.py token king
+    python reflow.py neighbors queen --run=out/reflow-nano
+
+In Python or a notebook:
     from reflow import load
     m = load("release/reflow-mini")
     m.attribute("The capital of France is", "Paris", foil="London").top(5)
+    m.signal(17); m.token(" king"); m.neighbors(" king")
+    m.generate("The history of", steer={" peace": 0.5}, layers=range(0, 3))
+    m.cache("The capital of France is")["blocks.2.resid_post"]
+
+Contributions of signals are exact: they sum to the logit difference. A random rotation of the signals is the
+same model, so attributions and neighbours have a control beside them. A table is a look at one example, not a
+claim; claims are in experiments/.
 """
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from html import escape
 
 import torch
 
 import attribution
 import checkpoint
+import configurator
 import dictionary
+import hooks
+from configurator import UserError
 from data.datasets import run_words
-from data.tokenizer import encoding
-from data.words import token_text
+from data.tokenizer import END_OF_TEXT, encoding
+from data.words import LEAST_COUNT, token_id, token_text
 from hardware import pick_device
+
+N_ROTATIONS = 5  # random rotations beside a table; an experiment takes 19
+N_FREQUENT = 2000  # tokens whose mean is subtracted before cosines, as in experiments/nearest_neighbors.py
+WIDTH = 100  # columns of a terminal
+LOOK = "a look, not a claim"
+
+
+class Card:
+    """A table with a title and notes: text in a terminal, HTML in a notebook, a DataFrame with pandas."""
+
+    def __init__(self, title, columns, rows, notes=()):
+        self.title = title
+        self.columns = columns
+        self.rows = rows  # lists of int, float or text
+        self.notes = [*notes, LOOK]
+
+    def cells(self):
+        """The table as text, [[cell]]."""
+        return [
+            [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows
+        ]
+
+    def __repr__(self):
+        table = [self.columns, *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        is_text = [all(isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
+        lines = [self.title]
+        for row in table:
+            cells = zip(row, widths, is_text, strict=True)
+            line = "  ".join(f"{cell:{'<' if text else '>'}{width}}" for cell, width, text in cells)
+            lines.append(cut(f"  {line}".rstrip()))
+        return "\n".join(lines + [wrapped for note in self.notes for wrapped in wrap(note)])
+
+    def _repr_html_(self):
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
+        body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.cells()]
+        rows = "".join(f"<tr>{row}</tr>" for row in body)
+        notes = "<br>".join(map(escape, self.notes))
+        return f"<b>{escape(self.title)}</b><table><tr>{head}</tr>{rows}</table><small>{notes}</small>"
+
+    def to_pandas(self):
+        """The table as a DataFrame. Raises UserError without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("to_pandas needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self.rows, columns=self.columns)
+
+
+def cut(line):
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def wrap(text):
+    import textwrap
+
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 class Attribution:
-    """What each signal adds to logit[target] - logit[foil] after a prompt; they sum to it exactly."""
+    """What each signal adds to logit[target] - logit[foil] after one prompt; the sum is exact."""
 
-    def __init__(self, pred, native, words, prompt):
+    def __init__(self, model, prompt, pred):
+        self.model = model
         self.prompt = prompt
         self.target = token_text(pred.target[0])
         self.foil = token_text(pred.foil[0])
-        self.contributions = attribution.contributions(pred, native)[0].cpu().numpy()  # (S,)
+        self.activations = model.dictionary.activations(pred.h)[0]  # (S,)
+        self.contributions = attribution.contributions(pred, model.dictionary)[0].cpu().numpy()  # (S,)
+        self.prediction = pred
+
+    def rotated(self, k):
+        """Mean over random rotations of the k largest contributions by size, (k,): the control."""
+        sizes = []
+        for seed in range(N_ROTATIONS):
+            generator = torch.Generator().manual_seed(seed)
+            turned = dictionary.rotated(self.model.dictionary, generator)
+            sizes.append(attribution.contributions(self.prediction, turned)[0].abs().topk(k).values)
+        return torch.stack(sizes).mean(0).cpu()
 
     def top(self, k=10):
-        return self
+        """A Card of the k largest contributions by size, of all others together, and of their sum."""
+        if k < 1:
+            raise UserError(f"top({k}): ask for at least one signal")
+        values = torch.from_numpy(self.contributions)
+        order = values.abs().argsort(descending=True)[:k]
+        control = self.rotated(len(order)).tolist()
+        size = values.abs().sum().clamp(min=1e-30)
+        rows = []
+        for s, rotation in zip(order.tolist(), control, strict=True):
+            codes = self.model.dictionary.codes[:, s] * self.activations[s].sign()
+            ends = [self.model.words.top(sign * codes, 3) for sign in (1, -1)]
+            share = f"{values[s].abs() / size:.1%}"
+            rows.append([str(s), values[s].item(), share, rotation, *ends])
+        rest = values.double().sum().item() - values[order].double().sum().item()
+        share = f"{1 - values[order].abs().sum() / size:.1%}"
+        rows.append([f"{len(values) - len(order)} others", rest, share, "", "", ""])
+        rows.append(["sum", values.double().sum().item(), "100.0%", "", "", ""])
+        title = f'"{self.prompt}": logit("{self.target}") - logit("{self.foil}"), nats, by {self.model.unit}'
+        notes = [
+            "The sum is exact. share: of the sizes of all contributions.",
+            f"rotated: the largest contributions by size in {N_ROTATIONS} random rotations, mean.",
+        ]
+        notes += [self.model.mark(i) for i in (self.prediction.target[0], self.prediction.foil[0])]
+        columns = ["signal", "nats", "share", "rotated", "promotes here", "suppresses here"]
+        return Card(title, columns, rows, filter(None, notes))
+
+    def __repr__(self):
+        return repr(self.top())
+
+    def _repr_html_(self):
+        return self.top()._repr_html_()
+
+
+class Streams(dict):
+    """The streams of a prompt by TransformerLens' names, with or without `hook_`; tensors (1, T, ...)."""
+
+    def __missing__(self, name):
+        short = name.replace("hook_", "").replace("ln_final.normalized", "ln_final")
+        if short != name and short in self:
+            return self[short]
+        raise UserError(f"no stream {name}: there are {', '.join(self)}")
+
+    def __repr__(self):
+        return "\n".join(f"{name:22} {tuple(stream.shape)}" for name, stream in self.items())
+
+
+def direction(net, name):
+    """The direction (d,) that steers a model: a signal by number, or the embedding of a one-token word."""
+    if isinstance(name, str):
+        token = token_id(name, net.config.n_tokens)
+        return net.vocab.embed(torch.tensor([token], device=net.norm.weight.device))[0].detach()
+    basis = getattr(net.vocab, "basis", None)
+    if basis is None:
+        raise UserError("a plain GPT has no signals, only words")
+    if not 0 <= name < len(basis):
+        raise UserError(f"no signal {name}: signals are s0 to s{len(basis) - 1}")
+    return basis[name].detach()
 
 
 class Model:
@@ -39,18 +185,197 @@ class Model:
         self.net = net or ckpt.load_model(self.device)
         self.dictionary = dictionary.native(self.net)
         self.words = words or run_words(ckpt.path, ckpt.state)
+        dense = self.net.config.vocab == "dense"
+        self.unit = "coordinate of E (a plain GPT)" if dense else "signal"
+
+    def __repr__(self):
+        c = self.net.config
+        return (
+            f"{self.checkpoint.name}, step {self.checkpoint.step}: {c.n_layer} layers, width {c.n_embd}, "
+            f"{self.dictionary.n_signals} {self.unit}s"
+        )
+
+    # -- reading what was asked for ----------------------------------------------------------------
+
+    def encode(self, prompt):
+        """A prompt as ids (1, T). Raises UserError."""
+        ids = encoding().encode_ordinary(prompt)
+        if not ids:
+            raise UserError("the prompt is empty: give some words")
+        if len(ids) > self.net.config.block_size:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens: the context holds {self.net.config.block_size}"
+            )
+        return torch.tensor([ids], device=self.device)
+
+    def token_id(self, word):
+        """The id of a word that is one token of this model. Raises UserError."""
+        return token_id(word, self.net.config.n_tokens)
+
+    def mark(self, token):
+        """A note that a token is rare in training; "" if it is not."""
+        n = int(self.words.counts[int(token)])
+        times = "once" if n == 1 else f"{n} times"
+        return f'"{token_text(token)}" (rare: seen {times} in training)' if n < LEAST_COUNT else ""
+
+    # -- cards -------------------------------------------------------------------------------------
 
     def attribute(self, prompt, target=None, foil=None):
-        """The Attribution of the next token after `prompt`."""
-        ids = encoding().encode_ordinary(prompt)[-self.net.config.block_size :]
-        pred = attribution.predict(self.net, torch.tensor([ids], device=self.device))
+        """The Attribution of target (None: the likeliest token) over foil (None: the likeliest other)."""
+        pred = attribution.predict(self.net, self.encode(prompt))
         if target is not None:
-            top = pred.target.clone()
-            pred.target[0] = encoding().encode_ordinary(" " + target.strip())[0]
-            pred.foil = torch.where(top == pred.target, pred.foil, top)
-        return Attribution(pred, self.dictionary, self.words, prompt)
+            pred.target[0] = self.token_id(target)
+        if foil is not None:
+            pred.foil[0] = self.token_id(foil)
+        else:
+            ranked = pred.p[0].topk(2).indices
+            pred.foil[0] = ranked[1] if ranked[0] == pred.target[0] else ranked[0]
+        if pred.foil[0] == pred.target[0]:
+            raise UserError(f"target and foil are both {token_text(pred.target[0])!r}: give two tokens")
+        return Attribution(self, prompt, pred)
+
+    def signal(self, s, k=10):
+        """A Card of signal s: the known tokens with its largest and smallest codes."""
+        d = self.dictionary
+        if not 0 <= s < d.n_signals:
+            raise UserError(f"no signal {s}: signals are 0 to {d.n_signals - 1}")
+        known = torch.from_numpy(self.words.known_tokens()).to(self.device)
+        codes = d.codes[known]  # (n, S)
+        high, low = (codes[:, s].topk(min(k, len(known)), largest=end) for end in (True, False))
+        rows = []
+        for a, b in zip(high.indices.tolist(), low.indices.tolist(), strict=True):
+            ends = [(token_text(known[i]), codes[i, s].item()) for i in (a, b)]
+            rows.append([*ends[0], *ends[1]])
+        usage = (codes**2).sum(0)  # (S,)
+        cosine = d.atoms @ d.atoms[s]  # (S,)
+        cosine[s] = 0
+        near = cosine.abs().topk(min(3, d.n_signals)).indices.tolist()
+        notes = [
+            "Tied embedding: the tokens that it promotes at the output also carry it most at the input.",
+            f"usage: {usage[s] / usage.sum():.2%} of the squared codes of known tokens, rank "
+            f"{int((usage > usage[s]).sum()) + 1} of {d.n_signals}. Nearest: "
+            + ", ".join(f"{i} (cosine {cosine[i]:.2f})" for i in near),
+            f"Tokens seen fewer than {LEAST_COUNT} times in training are left out.",
+        ]
+        return Card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "code "], rows, notes)
+
+    def token(self, word, k=8):
+        """A Card of a token's recipe: its k largest codes by size, with the words of these signals."""
+        token = self.token_id(word)
+        recipe = self.dictionary.codes[token]  # (S,)
+        rows = []
+        for s in recipe.abs().topk(min(k, len(recipe))).indices.tolist():
+            codes = self.dictionary.codes[:, s]
+            rows.append([str(s), recipe[s].item(), self.words.top(codes, 4), self.words.top(-codes, 4)])
+        near = ", ".join(
+            f"{text} {value:.2f}" for text, value in self.nearest(self.dictionary.codes, token, 5)
+        )
+        seen = int(self.words.counts[token])
+        notes = [f"seen {seen:,} times in training. Neighbours by recipe: {near}", self.mark(token)]
+        columns = ["signal", "code", "it promotes", "it suppresses"]
+        return Card(f'"{token_text(token)}", token {token}: recipe', columns, rows, filter(None, notes))
+
+    def nearest(self, codes, token, k):
+        """[(text, cosine)] of the known tokens with rows of codes (V, n) like that of `token`, centred."""
+        known = torch.from_numpy(self.words.known_tokens()).to(self.device)
+        mean = codes[known[:N_FREQUENT]].mean(0)
+        known = known[known != token]
+        cosine = torch.nn.functional.cosine_similarity(codes[known] - mean, codes[token] - mean, dim=1)
+        best = cosine.topk(min(k, len(known)))
+        return [
+            (token_text(known[i]), value.item()) for value, i in zip(best.values, best.indices, strict=True)
+        ]
+
+    def neighbors(self, word, k=10):
+        """A Card of a token's nearest tokens by recipe; controls: by row of E, and in a random skewed gauge.
+
+        A rotation changes no cosine of recipes, so the random gauge is not orthogonal (dictionary.skewed).
+        """
+        token = self.token_id(word)
+        gauge = dictionary.skewed(self.dictionary, torch.Generator().manual_seed(0))
+        spaces = [self.dictionary.codes, self.dictionary.matrix(), gauge.codes]
+        lists = [self.nearest(codes, token, k) for codes in spaces]
+        rows = [[cell for pair in row for cell in pair] for row in zip(*lists, strict=True)]
+        notes = [
+            f"Cosines after subtracting the mean of the {N_FREQUENT} most frequent tokens.",
+            f"Tokens seen fewer than {LEAST_COUNT} times in training are left out.",
+            "skewed: a random change of signals that leaves every logit as it is.",
+            self.mark(token),
+        ]
+        columns = ["recipe", "cosine", "E", "cosine ", "skewed", "cosine  "]
+        return Card(f'neighbours of "{token_text(token)}"', columns, rows, filter(None, notes))
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt, steer=None, layers=range(0, 3), max_new_tokens=50, temperature=0.8, top_k=200, seed=0
+    ):
+        """The prompt and its continuation. `steer` {word or signal number: strength}, see hooks.steer."""
+        if layers and not 0 <= min(layers) <= max(layers) <= self.net.config.n_layer:
+            raise UserError(f"layers go from 0 to {self.net.config.n_layer}, the final norm")
+        prompts = self.encode(prompt).tolist()
+        how = {"temperature": temperature, "top_k": top_k, "stop": END_OF_TEXT}
+        how["generator"] = torch.Generator(self.device).manual_seed(seed)
+        with ExitStack() as stack:
+            for name, strength in (steer or {}).items():
+                stack.enter_context(hooks.steer(self.net, direction(self.net, name), strength, layers))
+            (ids,) = self.net.generate(prompts, max_new_tokens, **how)
+        return prompt + encoding().decode(ids)
+
+    @torch.no_grad()
+    def cache(self, prompt):
+        """The Streams of a prompt: embed, blocks.{i}.resid_pre and resid_post, ln_final, signals."""
+        streams = hooks.resid_streams(self.net, self.net.vocab.embed(self.encode(prompt)))
+        found = Streams(embed=streams[0])
+        for i, (before, after) in enumerate(zip(streams, streams[1:], strict=False)):
+            found[f"blocks.{i}.resid_pre"] = before
+            found[f"blocks.{i}.resid_post"] = after
+        found["ln_final"] = self.net.norm(streams[-1])
+        found["signals"] = self.dictionary.activations(found["ln_final"])
+        return found
 
 
 def load(run=None, device="auto"):
-    """The Model of a run, one of its step_... folders, or a release. Raises UserError."""
+    """The Model of a run, a step_... folder or a release. None: the newest run in out/, else the release."""
+    if run is None and not checkpoint.runs():
+        run = checkpoint.RELEASES / "reflow-mini"
     return Model(checkpoint.open_run(run), device)
+
+
+@dataclass
+class LookConfig:
+    run: str | None = (
+        None  # a run's folder, a step_... folder or a release; None: the newest run, else the release
+    )
+    target: str | None = None  # why: the token to explain; None: the likeliest
+    foil: str | None = None  # why: the token that it is compared with; None: the likeliest other one
+    k: int = 10  # rows of the table
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+
+
+def main():
+    argv = sys.argv[1:]
+    if {"-h", "--help"} & set(argv):
+        configurator.parse(LookConfig)
+    usage = (
+        'usage: python reflow.py why "The capital of France is" | signal 17 | token king | neighbors queen'
+    )
+    if len(argv) < 2 or argv[0] not in ("why", "signal", "token", "neighbors") or argv[1].startswith("--"):
+        raise UserError(usage)
+    command, what, *rest = argv
+    (c,) = configurator.parse(LookConfig, argv=rest)
+    if c.k < 1:
+        raise UserError(f"--k={c.k}: at least 1")
+    if command == "signal" and not what.isdecimal():
+        raise UserError(f"signal {what}: give the number of a signal, such as 17")
+    model = load(c.run, c.device)
+    if command == "why":
+        print(model.attribute(what, c.target, c.foil).top(c.k))
+    elif command == "signal":
+        print(model.signal(int(what), c.k))
+    else:
+        print(getattr(model, command)(what, c.k))
+
+
+if __name__ == "__main__":
+    configurator.run(main)

@@ -28,6 +28,7 @@ import torch
 import checkpoint
 import configurator
 import hooks
+import reflow
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, encoding
 from hardware import pick_device, pick_dtype
@@ -70,7 +71,6 @@ def read_prompt(prompt):
 def read_steering(text, model):
     """What --steer means: (direction (d,), strength, layers) for each item, as in `hooks.steer`."""
     found, last = [], model.config.n_layer
-    basis = getattr(model.vocab, "basis", None)
     for item in text.split(","):
         parts = re.fullmatch(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?", item.strip())
         where = f"--steer: {item.strip()!r}"
@@ -80,18 +80,11 @@ def read_steering(text, model):
         layers = range(int(start), int(stop or start) + 1)
         if not layers or layers[-1] > last:
             raise UserError(f"{where}: layers go up from 0 to {last}, the final norm")
-        if re.fullmatch(r"s\d+", name):
-            if basis is None:
-                raise UserError(f"{where}: a plain GPT has no signals, only words")
-            if int(name[1:]) >= len(basis):
-                raise UserError(f"{where}: signals are s0 to s{len(basis) - 1}")
-            direction = basis[int(name[1:])]
-        else:
-            tokens = encoding().encode_ordinary(" " + name)
-            if len(tokens) != 1 or tokens[0] >= model.config.n_tokens:
-                raise UserError(f"{where}: ' {name}' is {len(tokens)} tokens: take a word that is one token")
-            direction = model.vocab.embed(torch.tensor(tokens, device=model.norm.weight.device))[0]
-        found.append((direction.detach(), float(sign + strength), layers))
+        try:
+            direction = reflow.direction(model, int(name[1:]) if re.fullmatch(r"s\d+", name) else name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        found.append((direction, float(sign + strength), layers))
     return found
 
 

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 
+from configurator import UserError
 from data.tokenizer import encoding
 
 LEAST_COUNT = 5  # sightings in training from which a token counts as known
@@ -18,6 +19,20 @@ def token_text(token):
     """A token as text for a table or a figure: white space alone is quoted, line ends are escaped."""
     text = encoding().decode([int(token)])
     return repr(text)[1:-1] if text.strip() else repr(text)
+
+
+def token_id(word, n_tokens):
+    """The id of " word", or of `word` as it is, below n_tokens. Raises UserError if it is not one token."""
+    spaced = " " + word.strip()
+    for text in (spaced, word):
+        ids = encoding().encode_ordinary(text)
+        if len(ids) == 1 and ids[0] < n_tokens:
+            return ids[0]
+    pieces = encoding().encode_ordinary(spaced)
+    if len(pieces) == 1:
+        raise UserError(f"{spaced!r} is not among the model's {n_tokens} tokens")
+    shown = " ".join(repr(encoding().decode([piece])) for piece in pieces)
+    raise UserError(f"{spaced!r} is {len(pieces)} tokens: take a word that is one token (pieces: {shown})")
 
 
 class Words:
