@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_CODE = ("config", "out", "release", "shared", "venv")  # config/ is parsed, never imported
-FLOORS = (  # from the top; a name stands for a module, or for a package with all in it that has no floor of its own
+# From the top. A name is a room: a module, or a package with everything in it that is no room of its own.
+FLOORS = (
     ("tests",),
     ("paper", "notebooks"),
     ("bench", "examples", "experiments.report"),
@@ -29,10 +30,7 @@ FLOORS = (  # from the top; a name stands for a module, or for a package with al
     ("model", "configurator"),
 )
 STANDALONE = ("experiments", "examples")  # packages of scripts: none imports another one of them
-LEAVES = (
-    "experiments",
-    "experiments.studies",
-)  # their __init__.py alone: names, no code; anyone above may read it
+LEAVES = ("experiments", "experiments.studies")  # their __init__.py: names, no code; siblings may read them
 ONLY_FROM = {"train": ("tests", "bench")}  # {module: rooms that may import it}
 
 
@@ -49,10 +47,9 @@ def imports(source, package, known):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
-            )
-            base = ".".join(part for part in (base, node.module) if part)
+            above = [*package.split("."), ""]  # of a relative import: one dot is the package itself
+            parts = above[: -node.level] if node.level else []
+            base = ".".join(parts + ([node.module] if node.module else []))
             # `from experiments import lab` imports a module, `from experiments.lab import Lab` a thing in it
             names = [f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names]
         else:
@@ -94,13 +91,13 @@ def why_not(importer, imported):
     there = room(imported)
     if there in ONLY_FROM and here not in ONLY_FROM[there]:
         return f"only {' and '.join(ONLY_FROM[there])} may import {there}"
-    if imported in LEAVES:
-        return ""
-    if here == there:
-        return f"{here}/ holds scripts that stand alone" if here in STANDALONE else ""
     if level(imported) > level(importer):
         return "goes up"
-    return "goes sideways, to another room of the same floor" if level(imported) == level(importer) else ""
+    if here in STANDALONE and here == there and imported not in LEAVES:
+        return f"{here}/ holds scripts that stand alone"
+    if level(imported) == level(importer) and here != there:
+        return "goes sideways, to another room of the same floor"
+    return ""
 
 
 def violations(tree):
@@ -182,9 +179,8 @@ def test_a_right_import_is_not(importer, line):
 
 
 def planted(importer, source):
-    """A tree in which all modules of the tests above exist and one of them imports something."""
-    names = "model checkpoint hooks dictionary reflow sample export train data.shards data.sotu.prepare formats.llama"
-    known = {*names.split(), *read_tree(), "paper.build"}
+    """The tree as it is, with one module that imports something else."""
+    known = {*read_tree(), "formats.llama", "experiments.emotion_surgery"}
     tree = dict.fromkeys(known, [])
     return tree | {importer: imports(source, importer.rpartition(".")[0], known)}
 

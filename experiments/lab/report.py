@@ -23,6 +23,13 @@ from experiments.lab.results import Figure, Result, to_json
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 ROOT = EXPERIMENTS.parent
+CODE = (
+    "attribution.py",
+    "dictionary.py",
+    "hooks.py",
+    "model.py",
+    "reflow.py",
+)  # at the root
 LOOKS = "looks"  # folder for results with options of one's own
 COLUMNS = (
     "model",
@@ -55,6 +62,7 @@ class Report:
         self.gallery = ""  # preformatted text: examples, chosen and not chosen
         self._pictures = {}  # file name -> bytes
         self._start = time.perf_counter()
+        self._code_sha256 = code_sha256(experiment)  # now: a file may change while the experiment runs
 
     # -- what an experiment says ------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class Report:
             gallery=self.gallery,
             figures=self.figures,
             options=plain(self.options),
-            code_sha256=code_sha256(self.experiment),
+            code_sha256=self._code_sha256,
             **self.lab.identity(),
         )
 
@@ -165,7 +173,7 @@ def code_sha256(experiment):
         *script(experiment).parent.glob("runs.py"),  # what the studies share
         *(EXPERIMENTS / "probes").glob("*.json"),
     ]
-    files += [ROOT / name for name in ("attribution.py", "dictionary.py", "hooks.py", "model.py")]
+    files += [ROOT / name for name in CODE]
     files += [ROOT / "data" / name for name in ("datasets.py", "shards.py", "tokenizer.py", "words.py")]
     hashes = [f"{path.relative_to(ROOT)} {file_sha256(path)}" for path in sorted(files)]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
