@@ -35,7 +35,7 @@ lint: .venv/dev
 
 studies: .venv/run
 	$(BIN)/python data/sotu/prepare.py
-	$(BIN)/python experiments/studies.py
+	$(BIN)/python experiments/studies/train_runs.py
 
 bench: .venv/run
 	$(BIN)/python data/sotu/prepare.py
@@ -44,13 +44,13 @@ bench: .venv/run
 paper: .venv/dev
 	$(BIN)/python paper/build.py
 
-# Stamps: a package is installed once, and again when its list changes.
-.venv/run: requirements.txt
+# Stamps: a package is installed once, and again when its list or its version changes.
+.venv/run: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reFlow needs Python 3.11 or newer: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install -r requirements.txt -c constraints.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
-	$(BIN)/pip install -r requirements-dev.txt
+.venv/dev: requirements-dev.txt constraints.txt .venv/run
+	$(BIN)/pip install -r requirements-dev.txt -c constraints.txt
 	@touch $@

@@ -338,22 +338,24 @@ def experiments_row(c, kind):
     """Seconds to ablate each of 1,024 signals on 200 prompts at reflow_1's head: closed form, brute force."""
     import torch
 
-    from experiments import lab
-    from experiments.ablate_signal import output_side, strongest
+    import attribution
+    from dictionary import Dictionary
     from model import N_TOKENS
 
     _, device, _ = setup(c)
     torch.manual_seed(0)
     V, S, n = N_TOKENS, 1024, 200 if kind == "closed form" else 2
-    d = lab.Dictionary("native", torch.randn(V, S, device=device), torch.eye(S, device=device))
+    d = Dictionary("native", torch.randn(V, S, device=device), torch.eye(S, device=device))
     h = torch.randn(n, S, device=device) / 32
-    z = h @ d.codes.T
-    p, (target, foil) = z.softmax(-1), z.topk(2).indices.T
+    z = d.activations(h) @ d.codes.T  # (n, V), logits
+    target, foil = z.topk(2).indices.T
+    pred = attribution.Prediction(h, z.softmax(-1), target, foil)
     start = time.perf_counter()
     if kind == "closed form":
-        strongest(h, d, p, target, foil)
+        strongest = attribution.first_order_change(pred, d).argmin(1)
+        attribution.remove_signals(pred, d, strongest)
         return {"seconds": time.perf_counter() - start}
-    A, change, _ = output_side(h, d, p, target, foil)
+    change = -attribution.contributions(pred, d)  # (n, S), of the logit difference
     start = time.perf_counter()
     rows, worst = torch.arange(n), 0.0
     for s in range(64):

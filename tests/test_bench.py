@@ -1,6 +1,7 @@
 """bench.py: what it counts is right and its rows run; it asserts no times."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -68,3 +69,18 @@ def test_every_part_has_a_row_that_runs_and_is_written(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count("loss off by") == 2
     found = json.loads(out.read_text())["memory"]
     assert all(row["error"][0] < 1e-5 for row in found.values())
+
+
+@pytest.mark.parametrize("kind", ["closed form", "brute force"])
+def test_the_closed_form_of_ablation_is_the_brute_force(kind, monkeypatch):
+    """On a small vocabulary: both rows run, and what they compute is the same."""
+    monkeypatch.setattr("model.N_TOKENS", 500)
+    found = bench.experiments_row(bench.BenchConfig(device="cpu"), kind)
+    assert found["seconds"] > 0
+    assert found.get("worst_difference", 0) < 1e-4
+
+
+def test_help_imports_neither_torch_nor_the_experiments():
+    code = "import sys, bench; print([m for m in ('torch', 'experiments', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=bench.ROOT)
+    assert done.stdout == "[]\n"

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 
+from experiments.lab import report as lab_report
 from experiments.lab import Report, Scores
 from experiments.lab.report import COLUMNS, code_sha256, method, plain, save_and_print, table
 from experiments.lab.results import read_result
@@ -124,3 +125,45 @@ def test_a_script_tells_its_question_method_and_cost():
     assert paragraphs[0].startswith("Signal lens: A_l") and paragraphs[2].startswith("Unit: a held-out")
     _, cost = method("signal_lens", "Cost")
     assert len(cost) == 1 and cost[0].startswith("One forward pass") and "\n" not in cost[0]
+
+
+def test_the_code_of_a_result_is_that_of_its_start(run, monkeypatch):
+    """A file that changes while an experiment runs does not pass for the code that ran."""
+    found = Report(open_lab(run), "ablate_signal", SENTENCES)
+    before = lab_report.code_sha256("ablate_signal")
+    monkeypatch.setattr(lab_report, "CODE", ("model.py",))  # other code from here on
+    assert lab_report.code_sha256("ablate_signal") != before
+    assert found.result().code_sha256 == before
+
+
+@pytest.mark.parametrize("name", ["reflow.py", "attribution.py", "dictionary.py", "hooks.py", "model.py"])
+def test_the_code_of_a_result_covers_what_it_calls(name, tmp_path, monkeypatch):
+    before = lab_report.code_sha256("ablate_signal")
+    whole = lab_report.file_sha256
+    monkeypatch.setattr(lab_report, "file_sha256", lambda path: "0" if path.name == name else whole(path))
+    assert lab_report.code_sha256("ablate_signal") != before
+
+
+def test_code_that_no_result_depends_on_leaves_it_up_to_date(monkeypatch):
+    before = lab_report.code_sha256("ablate_signal")
+    whole = lab_report.file_sha256
+    others = ("export.py", "train.py", "sample.py", "signal_lens.py")
+    monkeypatch.setattr(
+        lab_report,
+        "file_sha256",
+        lambda path: "0" if path.name in others or "formats" in path.parts else whole(path),
+    )
+    assert lab_report.code_sha256("ablate_signal") == before
+
+
+def test_rows_name_groups_in_prompt_and_counts_in_n_signals(run):
+    """Scores of one group go to rows.csv with its name under `prompt`; an unknown column is refused."""
+    found = Report(open_lab(run), "ablate_signal", SENTENCES)
+    scores = Scores({"native": [1.0, 3.0]}, gauges=[[0.0, 1.0]])
+    found.scores("accuracy", scores, prompt="capitals")
+    found.row("loss", 1.5, n_signals=8)
+    assert found.rows[0] == {"metric": "accuracy", "value": 2.0, "dictionary": "native", "prompt": "capitals"}
+    assert found.rows[1]["control"] == "0" and found.rows[1]["prompt"] == "capitals"
+    assert found.rows[2]["n_signals"] == 8 and "accuracy" not in found.numbers
+    with pytest.raises(AssertionError, match="unknown columns"):
+        found.row("loss", 1.5, group="capitals")
