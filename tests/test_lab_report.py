@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 
-from experiments.lab import report as lab_report
 from experiments.lab import Report, Scores
+from experiments.lab import report as lab_report
 from experiments.lab.report import COLUMNS, code_sha256, method, plain, save_and_print, table
 from experiments.lab.results import read_result
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
@@ -127,9 +127,9 @@ def test_a_script_tells_its_question_method_and_cost():
     assert len(cost) == 1 and cost[0].startswith("One forward pass") and "\n" not in cost[0]
 
 
-def test_the_code_of_a_result_is_that_of_its_start(run, monkeypatch):
+def test_the_code_of_a_result_is_that_of_its_start(lab, monkeypatch):
     """A file that changes while an experiment runs does not pass for the code that ran."""
-    found = Report(open_lab(run), "ablate_signal", SENTENCES)
+    found = Report(lab, "ablate_signal", SENTENCES)
     before = lab_report.code_sha256("ablate_signal")
     monkeypatch.setattr(lab_report, "CODE", ("model.py",))  # other code from here on
     assert lab_report.code_sha256("ablate_signal") != before
@@ -156,9 +156,9 @@ def test_code_that_no_result_depends_on_leaves_it_up_to_date(monkeypatch):
     assert lab_report.code_sha256("ablate_signal") == before
 
 
-def test_rows_name_groups_in_prompt_and_counts_in_n_signals(run):
+def test_rows_name_groups_in_prompt_and_counts_in_n_signals(lab):
     """Scores of one group go to rows.csv with its name under `prompt`; an unknown column is refused."""
-    found = Report(open_lab(run), "ablate_signal", SENTENCES)
+    found = Report(lab, "ablate_signal", SENTENCES)
     scores = Scores({"native": [1.0, 3.0]}, gauges=[[0.0, 1.0]])
     found.scores("accuracy", scores, prompt="capitals")
     found.row("loss", 1.5, n_signals=8)

@@ -1,4 +1,4 @@
-"""What an earlier version wrote opens unchanged: a run, its shards, a release, results (tests/previous/README.md)."""
+"""What an earlier version wrote opens unchanged: a run, its shards, a release, results (tests/previous)."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from experiments.lab.results import read_result
 ROOT = Path(__file__).resolve().parents[1]
 PREVIOUS = ROOT / "tests" / "previous"
 RUN = PREVIOUS / "run"
+PAPER = ROOT / "paper" / "results"
 METRICS = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -59,7 +59,7 @@ def test_a_release_is_the_run_in_half_precision_with_counts():
     for name, w in release.load_model().state_dict().items():
         assert torch.allclose(w, weights[name], atol=1e-3), name
     counts = run_words(release.path, release.state).counts
-    assert np.sum(np.asarray(counts)) > 3000
+    assert counts.sum() == 2 * 4 * 32  # steps, sequences, tokens
 
 
 @pytest.mark.parametrize("folder", ["run", "release"])
@@ -81,7 +81,9 @@ def test_training_goes_on_where_it_stopped(copy):
     assert [row["step"] for row in found] == [row["step"] for row in METRICS]
     for before, after in zip(METRICS, found, strict=True):
         for name in ("loss", "val_loss", "whole_val_loss"):
-            assert after.get(name) == pytest.approx(before.get(name), rel=1e-4)
+            assert (name in after) == (name in before)
+            if name in before:
+                assert after[name] == pytest.approx(before[name], rel=1e-4)
 
 
 def test_it_can_be_exported_to_hugging_face(copy):
@@ -91,15 +93,15 @@ def test_it_can_be_exported_to_hugging_face(copy):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(copy / "hf").eval()
     ids = torch.tensor([encoding().encode_ordinary("The American people")])
     with torch.no_grad():
-        ours = checkpoint.open_run(RUN).load_model()(ids, ids)[0]
-        if ours is None or ours.dim() != 3:
-            pytest.skip("no logits")
-        assert torch.allclose(theirs(ids).logits[0, -1], ours[0, -1], atol=1e-4)
+        ours, _ = checkpoint.open_run(RUN).load_model()(ids)
+        assert torch.allclose(theirs(ids).logits, ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "paper" / "results").glob("**/*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(PAPER.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_results_of_the_paper_can_be_read(path):
-    if "claims" not in json.loads(path.read_text()):
-        pytest.skip("no result of an experiment")
     result = read_result(path)
-    assert result.claims and all(claim.key and claim.experiment == result.experiment for claim in result.claims)
+    assert result.claims and all(
+        claim.key and claim.experiment == result.experiment for claim in result.claims
+    )
