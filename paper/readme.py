@@ -7,7 +7,7 @@ from configurator import UserError
 from paper.reading import PAPER, SUBJECT, claims, load, of_kind, supported, tested
 
 README = PAPER.parent / "README.md"
-SHOWN_SPEED = ("train", "sample")  # parts of bench.py in the README
+SHOWN_SPEED = ("train",)  # parts of bench.py in the README
 
 
 def number(e):
@@ -25,7 +25,7 @@ def n_claims(found):
 def paragraph(*sentences, indent=""):
     """Sentences as a paragraph of lines that fit; `indent` is that of all lines but the first."""
     options = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(" ".join(sentences), 120, **options)
+    return textwrap.fill(" ".join(sentences), 155, **options)
 
 
 # ----------------------------------------------------------------------------------------------------
