@@ -43,6 +43,10 @@ class BenchConfig:
     out: str = "out/bench.json"  # every number of the run
     row: str = ""  # internal: measure this row in this process and print it as JSON
 
+    def __post_init__(self):
+        sizes = (f"{name} >= 1" for name in ("batch_size", "length", "rounds"))
+        configurator.check(self, *sizes, "batch_size * length < 2**31", "0 <= seconds < 1e6")
+
 
 def timed(f, seconds, least=3):
     """Median time of f() in seconds, after one call to warm up, over at least `least` calls and `seconds`."""

@@ -2,14 +2,18 @@
 Run directories: out/<run>/step_000500/ holds model.safetensors, optimizer.safetensors and state.json.
 
 A checkpoint appears whole or not at all: it is written under a temporary name, flushed to the disk, then
-renamed. `latest` and `best` are small text files naming one. Step 0 is kept always (the control of many
-experiments), with it the best and the last `keep`. Nothing is ever unpickled.
+renamed. state.json keeps the size and the SHA-256 of its files: `train.py --resume` verifies all of them,
+whatever loads a model verifies weights of up to 64 MiB. `latest` and `best` are small text files naming one.
+Step 0 is kept always (the control of many experiments), with it the best and the last `keep`. Nothing is
+ever unpickled.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -24,6 +28,8 @@ from configurator import UserError
 from model import ModelConfig, ReFlow
 
 WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+VERIFIED = 2**26  # bytes: weights up to this size are verified whenever they are loaded, in 0.1 s or less
+ANOTHER = "use another checkpoint of this run (--run=.../step_...)"
 RELEASES = Path(__file__).resolve().parent / "release"  # trained models in this repository
 
 
@@ -48,7 +54,10 @@ def flush(path):
 
 @contextlib.contextmanager
 def whole_folder(final):
-    """Yield a temporary folder that becomes `final` when all of it is written and flushed, or not at all."""
+    """Yield a temporary folder that becomes `final` when all of it is written and flushed, or not at all.
+
+    OSError for a disk that does not take it, also in place of safetensors' own error.
+    """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     temporary.mkdir(parents=True)
@@ -61,8 +70,16 @@ def whole_folder(final):
         shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
         os.rename(temporary, final)
         flush(final.parent)
+    except SafetensorError as error:
+        raise os_error(error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def os_error(error):
+    """The OSError, a full disk above all, behind an error of safetensors."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
 
 
 def save(run, step, model, optimizer, state, keep, best):
@@ -76,8 +93,7 @@ def save(run, step, model, optimizer, state, keep, best):
     with whole_folder(run / name) as folder:
         for file, tensors in zip(WEIGHTS, (model, optimizer), strict=True):
             save_file(tensors, folder / file)
-        sizes = {file: (folder / file).stat().st_size for file in WEIGHTS}
-        text = json.dumps(state | {"step": step, "sizes": sizes}, indent=1)
+        text = json.dumps(state | {"step": step} | fingerprints(folder), indent=1)
         (folder / "state.json").write_text(text, encoding="utf-8")
     for pointer in ("latest", "best") if best else ("latest",):
         point(run, pointer, name)
@@ -106,6 +122,17 @@ def pointed(run, pointer):
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
+def fingerprints(folder):
+    """{"sizes": bytes, "sha256": hash} of each file in a folder, for its state.json."""
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    return {"sizes": {f.name: f.stat().st_size for f in files}, "sha256": {f.name: sha256(f) for f in files}}
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def read_state(step):
     """state.json of a checkpoint folder, after a check that its files are whole. Raises UserError."""
     try:
@@ -118,16 +145,29 @@ def read_state(step):
         found = (step / file).stat().st_size if (step / file).exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise UserError(f"{step / file} {what}: use another checkpoint of this run (--run=.../step_...)")
+            raise UserError(f"{step / file} {what}: {ANOTHER}")
     return state
 
 
-def newest_whole(run):
-    """(folder, state, [messages about damaged ones]) of the newest whole checkpoint; folder None if none."""
+def verify(step, state, files=WEIGHTS):
+    """Read `files` of a checkpoint folder. UserError if one has not the SHA-256 that `state` has for it."""
+    for file, expected in state.get("sha256", {}).items():  # none in a checkpoint of earlier versions
+        if file in files and sha256(step / file) != expected:
+            raise UserError(f"{step / file} is damaged: its SHA-256 is not that in state.json: {ANOTHER}")
+
+
+def newest_whole(run, verified=False):
+    """(folder, state, [messages about damaged ones]) of the newest whole checkpoint; folder None if none.
+
+    `verified`: its files are read, too.
+    """
     messages = []
     for step in reversed(steps(run)):
         try:
-            return step, read_state(step), messages
+            state = read_state(step)
+            if verified:
+                verify(step, state)
+            return step, state, messages
         except UserError as error:
             messages.append(str(error))
     return None, None, messages
@@ -326,6 +366,8 @@ def build_model(config, weights, source="the model"):
 def load_model(step, device="cpu"):
     """(ReFlow in eval mode on `device`, state) of a checkpoint folder. Raises UserError."""
     state = read_state(step)
+    if (step / WEIGHTS[0]).stat().st_size <= VERIFIED:
+        verify(step, state, WEIGHTS[:1])
     try:
         config = ModelConfig(**state["config"]["model"])
     except (TypeError, ValueError) as error:

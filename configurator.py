@@ -10,6 +10,7 @@ with the comment that trails it.
 
 import ast
 import inspect
+import math
 import os
 import sys
 import textwrap
@@ -26,10 +27,12 @@ class UserError(Exception):
     """A user's mistake in one line: where, what is wrong, what to do. `run` prints it without a traceback."""
 
 
-def parse(*dataclasses, argv=None, default_config=None):
+def parse(*dataclasses, argv=None, default_config=None, saved=None):
     """Return a tuple of one instance per dataclass, from config files and `--key=value` arguments.
 
-    `argv` defaults to `sys.argv[1:]`; `default_config` is read when that names no file. Raises UserError.
+    `argv` defaults to `sys.argv[1:]`; `default_config` is read when that names no file. `saved`, a
+    function of the settings so far, {key: value}, may answer with those of an earlier run, to take the place
+    of the defaults; its keys of another version are left out. Raises UserError.
     """
     kinds = {}
     for cls in dataclasses:
@@ -46,9 +49,14 @@ def parse(*dataclasses, argv=None, default_config=None):
     files, overrides = read_arguments(argv, kinds)
     overrides = typed(overrides, kinds)  # first: a mistyped argument is news before the contents of a file
     values = {}
-    for path in files or filter(None, [default_config]):
+    for path in files:
         values |= typed(read_file(path), kinds)
     values |= overrides
+    defaults = typed(read_file(default_config), kinds) if default_config and not files else {}
+    if earlier := saved(defaults | values) if saved else None:
+        settings = [("the run's own settings", k, v) for k, v in earlier.items() if k in kinds]
+        defaults = typed(settings, kinds)
+    values = defaults | values
 
     required = (key(f) for cls in dataclasses for f in fields(cls) if default(f) is MISSING)
     if missing := [name for name in required if name not in values]:
@@ -148,14 +156,31 @@ def typed(settings, kinds):
     return values
 
 
+def check(config, *rules):
+    """Raise ValueError for the first of `rules` that does not hold: comparisons such as "0 <= beta1 < 1".
+
+    Their names are fields of `config`. A rule about a field that is None holds. For __post_init__.
+    """
+    for rule in rules:
+        code = compile(rule, rule, "eval")
+        values = {name: getattr(config, name) for name in code.co_names}
+        if None not in values.values() and not eval(code, {"__builtins__": {}}, values):
+            given = " and ".join(f"{name}={value}" for name, value in values.items())
+            raise ValueError(f"{given}: must satisfy {rule}")
+
+
+SEED = "0 <= seed < 2**31"  # a rule for `check`: what torch, numpy and scikit-learn take
+
+
 BOOLS = {"true": True, "false": False, "1": True, "0": False}
-EXPECTED = {int: "an int", float: "a float", bool: "true or false", str: "a string", NoneType: "None"}
+EXPECTED = {int: "an int", float: "a finite float", bool: "true or false", str: "a string", NoneType: "None"}
 
 
 def convert(value, kind):
     """Return `value`, text from the command line or an object from a config file, as a `kind`.
 
     `kind` is int, float, bool, str, None, a Literal or a union of these. ValueError says what was expected.
+    A float is finite, an int fits into 64 bits.
     """
     if get_origin(kind) in (Union, UnionType):
         expected = []
@@ -178,9 +203,10 @@ def convert(value, kind):
         return value
     if kind in (int, float) and type(value) in (int, float, str):  # a bool is not a number here
         with suppress(ValueError, ArithmeticError):
-            if kind is float:
+            number = Decimal(value)  # exact where a float is not, and `1e3` is an int, too
+            if kind is float and math.isfinite(float(value)):
                 return float(value)
-            if (number := Decimal(value)) == int(number):  # `1e3` too, and exact where a float is not
+            if kind is int and abs(number) < 2**63 and number == int(number):
                 return int(number)
     raise ValueError(EXPECTED[kind])
 
@@ -262,8 +288,8 @@ def run(main):
         main()
         sys.stdout.flush()  # here, not at interpreter exit, so that a closed pipe is caught below
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))  # set by torchrun
-        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # set by torchrun
+        print(f"[rank {rank}] error: {error}" if rank != "0" else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

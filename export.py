@@ -23,6 +23,7 @@ import torch
 import checkpoint
 import configurator
 import dictionary
+import files
 from configurator import UserError
 from data.datasets import find_dataset, mean_loss
 from data.shards import Dataset
@@ -51,8 +52,7 @@ class ExportConfig:
             raise ValueError("--to is missing: name the folder to write, for example --to=out/hf-nano")
         if self.from_ is not None and (self.run is not None or self.factor is not None):
             raise ValueError("--from brings a model here, --run and --factor take one from here: give one")
-        if self.sequences < 1:
-            raise ValueError("sequences must be at least 1")
+        configurator.check(self, "sequences >= 1", configurator.SEED)
 
 
 def is_export(folder):
@@ -133,6 +133,13 @@ def main():
     makes_run = c.from_ is not None or c.factor is not None
     if to.exists() and (makes_run or not is_export(to)):
         raise UserError(f"--to={to} is there already; only an export replaces an export: give another folder")
+    with files.lock(to):
+        write(c, to)
+    print(f"wrote {to}")
+
+
+def write(c, to):
+    """What the settings ask for, into the folder `to`. UserError, also for a disk that does not take it."""
     try:
         if c.from_ is not None:
             import_model(Path(c.from_), to, c.dataset, c.sequences)
@@ -147,7 +154,6 @@ def main():
             write_release(checkpoint.open_run(c.run), to, c.dtype)
     except OSError as error:
         raise UserError(f"--to={to}: {error.strerror or error}") from None
-    print(f"wrote {to}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """
-What the machine gives, and what a model asks of it: devices and precisions, FLOPs, memory, time.
+What the machine gives, and what a model asks of it: devices, processes, precisions, FLOPs, memory, time.
 """
 
 import contextlib
 import ctypes
+import math
 import os
+import shutil
 
 import torch
 
@@ -63,12 +65,30 @@ def flops_per_token(config, length):
 def pick_device(name="auto"):
     """The torch.device that `name` means; `auto` is cuda, then mps, then cpu. UserError if it is not here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = name.partition(":")[0]
-    if name != "auto" and not here.get(kind):
+    kind, _, index = name.partition(":")
+    last = torch.cuda.device_count() - 1 if kind == "cuda" else 0
+    if name != "auto" and not (here.get(kind) and (index or "0").isdecimal() and int(index or 0) <= last):
         raise UserError(
             f"no device {name} here: --device is one of auto, {', '.join(k for k in here if here[k])}"
         )
     return torch.device(next(k for k in here if here[k]) if name == "auto" else name)
+
+
+def processes():
+    """(rank, local rank, number of processes) as torchrun sets them; (0, 0, 1) without it.
+
+    UserError for an environment that a scheduler left half set: it would train alone, or wait for ever.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    numbers = [found.get(name, default) for name, default in zip(names, ("0", "0", "1"), strict=False)]
+    whole = all(number.isdecimal() for number in numbers)
+    rank, local, world = map(int, numbers) if whole else (0, 0, 1)
+    if not whole or not local <= rank < world or (world > 1 and len(found) < len(names)):
+        given = " ".join(f"{name}={value}" for name, value in found.items())
+        remedy = f"start with torchrun, or `unset {' '.join(found)}`"
+        raise UserError(f"{given} is set, but not as torchrun sets it: {remedy}")
+    return rank, local, world
 
 
 def keep_freed_memory():
@@ -126,6 +146,7 @@ def memory_plan(model, m, c, half, world):
         "AdamW moments, fp32": 8 * n / shards,
         "weights in half precision": 2 * n * half,
         "activations": layers * tokens,
+        "tokens of two steps": 2 * 2 * 8 * m.block_size * c.batch_size / world,
         "loss: a chunk of logits": chunk_bytes * chunk * m.vocab_size,
         "loss: gradient of the vocabulary": gradient_bytes * m.vocab_size * columns,
     }
@@ -134,9 +155,41 @@ def memory_plan(model, m, c, half, world):
     return plan
 
 
+def check_room(m, c, device, half, world, run):
+    """UserError if a run cannot fit: it needs twice the memory of its device, or more disk than is left."""
+    with torch.device("meta"):
+        model = ReFlow(m)
+    need, have = sum(memory_plan(model, m, c, half, world).values()), math.inf
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > 2 * have:  # the plan is an estimate
+        sizes = f"about {need / 2**30:,.0f} GiB of memory, {device} has {have / 2**30:,.0f}"
+        raise UserError(f"this run needs {sizes}: see --dry_run, and lower a size or --micro_batch_size")
+    folder = next(path for path in (run, *run.resolve().parents) if path.exists())
+    need, have = 12 * sum(p.numel() for p in model.parameters()), shutil.disk_usage(folder).free
+    if need > have:
+        sizes = f"a checkpoint takes {need / 1e9:,.2f} GB, the disk has {have / 1e9:,.2f} GB left"
+        raise UserError(f"--out_dir={run}: {sizes}: free some, or give another")
+
+
+def trace_steps(path, say):
+    """A started torch.profiler whose step() ends each step: it traces the second to the fourth to `path`."""
+    from torch.profiler import profile, schedule  # most runs need none
+
+    def write(profiler):
+        profiler.export_chrome_trace(str(path))
+        say(f"profile of 3 steps in {path}: open it at https://ui.perfetto.dev or chrome://tracing")
+
+    profiler = profile(schedule=schedule(wait=0, warmup=1, active=3, repeat=1), on_trace_ready=write)
+    profiler.start()
+    return profiler
+
+
 def dry_run(m, c):
     """Print what a run needs; train nothing, read no data, write nothing."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, _, world = processes()
     with torch.device("meta"):
         model = ReFlow(m)
     table = parameter_table(model)

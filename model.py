@@ -55,6 +55,11 @@ class ModelConfig:
     def __post_init__(self):
         if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.vocab_size) < 1:
             raise ValueError("block_size, n_layer, n_head, n_embd and vocab_size must be at least 1")
+        for name in ("block_size", "n_embd", "n_signal", "n_hidden", "vocab_size"):
+            if (getattr(self, name) or 0) > 2**24:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most 2**24")
+        if self.n_layer > 4096:
+            raise ValueError(f"n_layer={self.n_layer} must be at most 4096")
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
         if self.kv_heads < 1 or self.n_head % self.kv_heads:
@@ -67,6 +72,12 @@ class ModelConfig:
             raise ValueError(f"top_k={self.top_k} must be between 1 and n_signal={self.signals}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not 1e-12 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps={self.norm_eps} must be at least 1e-12 and below 1")
+        if not 0 <= self.recipe_init_std <= 100:
+            raise ValueError(f"recipe_init_std={self.recipe_init_std} must be from 0 to 100")
+        if not 1 < self.rope_base < 1e12:
+            raise ValueError(f"rope_base={self.rope_base} must be above 1 and below 1e12")
 
     @property
     def head_dim(self):

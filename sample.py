@@ -41,7 +41,7 @@ class SampleConfig:
     num_samples: int = 2  # samples, generated together
     max_new_tokens: int = 100  # tokens a sample may add
     temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
-    top_k: int | None = 200  # sample among the k likeliest tokens only; None: all
+    top_k: int | None = 200  # sample among the k likeliest tokens only; 0 or None: all
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
     steer: str | None = None  # sign, word or signal, strength, layers: "+joy:.5@0-2,-s17:.5@1"; None: nothing
     seed: int = 0  # of the samples
@@ -49,12 +49,15 @@ class SampleConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
 
     def __post_init__(self):
-        if min(self.num_samples, self.max_new_tokens) < 1 or self.temperature < 0:
-            raise ValueError("num_samples and max_new_tokens must be at least 1, temperature at least 0")
-        if (self.top_k is not None and self.top_k < 1) or not 0 < (
-            1 if self.top_p is None else self.top_p
-        ) <= 1:
-            raise ValueError("top_k must be at least 1, top_p above 0 and at most 1")
+        configurator.check(
+            self,
+            "1 <= num_samples <= 10_000",
+            "max_new_tokens >= 1",
+            "temperature == 0 or 0.001 <= temperature <= 1000",
+            "top_k >= 0",
+            "0 < top_p <= 1",
+            configurator.SEED,
+        )
 
 
 def read_prompt(prompt):

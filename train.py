@@ -15,12 +15,12 @@ rounding), nor on how often the run was evaluated, killed and resumed.
 """
 
 import contextlib
-import json
 import math
-import os
+import shlex
 import signal
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -33,10 +33,22 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
-from configurator import UserError
+import files
+from configurator import SEED, UserError, check
 from data.datasets import find_dataset, mean_loss
 from data.shards import Dataset
-from hardware import dry_run, flops_per_token, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from hardware import (
+    check_room,
+    dry_run,
+    flops_per_token,
+    keep_freed_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    processes,
+    trace_steps,
+)
+from metrics import Metrics
 from model import ModelConfig, ReFlow
 
 
@@ -66,19 +78,19 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # torchrun: replicate, or shard a model that outgrows one card
     activation_checkpointing: bool = False  # recompute blocks in backward: a third more work, far less memory
     compile: bool = False  # torch.compile the blocks, if a trial step agrees with the plain one
-    logger: Literal["none", "wandb", "tensorboard"] = "none"  # beside metrics.jsonl
+    logger: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # beside metrics.jsonl
     init_from: str | None = None  # start from the model of this run, or of one of its step_... folders
-    resume: bool = False  # go on from the newest whole checkpoint in out_dir
+    resume: bool = False  # go on from the newest whole checkpoint in out_dir, with its settings
     verify_data: bool = False  # check every shard's SHA-256 first
+    profile: bool = False  # write a torch.profiler trace of three steps to out_dir/trace.json
     dry_run: bool = False  # print parameters, FLOPs, memory and time, and stop
 
     def __post_init__(self):
-        positive = "batch_size micro_batch_size max_steps eval_interval eval_sequences save_interval"
-        for name in f"{positive} keep log_interval max_bad_steps".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.save_interval % self.eval_interval:
-            raise ValueError("save_interval must be a multiple of eval_interval")
+        counts = "batch_size micro_batch_size max_steps eval_interval eval_sequences save_interval keep"
+        check(self, *(f"{name} >= 1" for name in f"{counts} log_interval max_bad_steps".split()))
+        check(self, "save_interval % eval_interval == 0", "0 <= warmup_steps <= max_steps", SEED)
+        check(self, "0 <= lr <= 100", "0 <= min_lr <= 100", "0 <= beta1 < 1", "0 <= beta2 < 1")
+        check(self, "0 <= weight_decay <= 100", "grad_clip >= 0")
 
 
 # What decides a run's curve: a resumption with another value is allowed, and said.
@@ -107,41 +119,6 @@ def make_optimizer(model, c, device):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
-
-
-class Metrics:
-    """metrics.jsonl, and wandb or tensorboard if asked for. Only the first process writes."""
-
-    def __init__(self, run, logger, config, start):
-        self.path, self.send = run / "metrics.jsonl", None
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        # What lies after the start is computed again; a kill may have cut the last line.
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start and start]
-        checkpoint.write_atomically(self.path, "".join(row + "\n" for row in kept))
-        try:
-            if logger == "wandb":
-                import wandb
-
-                wandb.init(
-                    project="reflow", name=run.name, config=config, dir=run, id=run.name, resume="allow"
-                )
-                self.send = lambda row: wandb.log(row, step=row["step"])
-            elif logger == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
-                self.send = lambda row: [
-                    board.add_scalar(k, v, row["step"]) for k, v in row.items() if v is not None
-                ]
-        except ImportError:
-            raise UserError(f"--logger={logger} needs a package: pip install {logger}") from None
-
-    def write(self, **row):
-        row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.send:
-            self.send(row)
 
 
 def compile_blocks(model, x, y, autocast):
@@ -196,24 +173,68 @@ def read_origin(m, c):
     return origin, replace(origin.config, dropout=m.dropout)
 
 
+def own_settings(given):
+    """The settings of the run that --resume goes on with, {} without one; `given` are the command's."""
+    run = Path(given.get("out_dir", ""))
+    newest, state, _ = checkpoint.newest_whole(run) if given.get("resume") else (None, None, [])
+    if newest is None:
+        return {}
+    saved = state["config"]["model"] | state["config"].get("train", {})
+    once = ("resume", "profile", "verify_data")  # of a command, not of a run
+    return {key: value for key, value in saved.items() if key not in once} | {"out_dir": str(run)}
+
+
+def command(c):
+    """What to type to go on with a run."""
+    python = "python" if processes()[2] == 1 else "torchrun ..."
+    return f"{python} {shlex.quote(sys.argv[0])} --out_dir={shlex.quote(c.out_dir)} --resume"
+
+
 def main():
     nano = Path(__file__).parent / "config/reflow_nano.py"
-    m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano)
-    rank, local, world = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world = max(world, 1)  # torchrun sets them; without it this is the only process
+    m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano, saved=own_settings)
+    run, rank = Path(c.out_dir), processes()[0]
+    if c.dry_run:
+        m = m if c.init_from is None else read_origin(m, c)[1]
+        if rank == 0:
+            print(configurator.describe(m, c), flush=True)
+            dry_run(m, c)
+        return
+    try:
+        with files.lock(run) if rank == 0 else contextlib.nullcontext():
+            train(m, c, run)
+    except BrokenPipeError:  # train.py | head
+        raise
+    except OSError as error:  # a full disk, above all
+        kept, _, _ = checkpoint.newest_whole(run)
+        remedy = f"{kept} is whole; go on from it with: {command(c)}" if kept else "no checkpoint was saved"
+        raise UserError(f"{error.filename or run}: {error.strerror or error}: {remedy}") from None
+
+
+def train(m, c, run):
+    """Train the model `m` by the settings `c` in the folder `run`, from the newest whole checkpoint there."""
+    rank, local, world = processes()
     first = rank == 0
-    origin = None
-    if c.init_from is not None:
-        origin, m = read_origin(m, c)
 
     def say(text):
         if first:
             tqdm.write(text)
             sys.stdout.flush()  # a log file shows it now
 
+    # -- a new run, or the newest whole checkpoint of an old one
+    if (run / "state.json").exists():
+        raise UserError(f"{run} is one checkpoint, not a run: give another --out_dir, and --init_from={run}")
+    newest, before, damaged = checkpoint.newest_whole(run, verified=c.resume)
+    for message in damaged if c.resume else []:
+        say(f"passed over: {message}")
+    if newest and not c.resume:
+        raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
+    origin = None
+    if c.init_from is not None and newest:  # that decided the model
+        m = replace(ModelConfig(**before["config"]["model"]), dropout=m.dropout)
+    elif c.init_from is not None:
+        origin, m = read_origin(m, c)
     say(configurator.describe(m, c))
-    if c.dry_run:
-        return dry_run(m, c) if first else None
     if c.batch_size % (world * c.micro_batch_size):
         share = f"{world} processes x micro_batch_size={c.micro_batch_size}"
         raise UserError(f"batch_size={c.batch_size} must be a multiple of {share}")
@@ -234,6 +255,8 @@ def main():
     precision = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if not newest or before["step"] < c.max_steps:
+        check_room(m, c, device, dtype != torch.float32, world, run)
 
     # -- data, model, optimiser
     folder = find_dataset(c.dataset)
@@ -260,16 +283,9 @@ def main():
         model = DistributedDataParallel(raw, gradient_as_bucket_view=True)  # a view: gradients are held once
     optimizer = make_optimizer(raw, c, device)
 
-    # -- a new run, or the newest whole checkpoint of an old one
-    run = Path(c.out_dir)
-    if (run / "state.json").exists():
-        raise UserError(f"{run} is one checkpoint, not a run: give another --out_dir, and --init_from={run}")
-    newest, before, damaged = checkpoint.newest_whole(run)
-    for message in damaged if c.resume else []:
-        say(f"passed over: {message}")
-    if newest and not c.resume:
-        raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
+    # -- where the run is
     step, skipped, val_loss, best, whole_val_loss = 0, 0, None, None, None
+    token = (before or {}).get("token") or uuid.uuid4().hex  # for an id of its own at wandb
     if newest:
         check_same_run(before, m, c, train_set.data_sha256, precision)
         step, skipped = before["step"], before["skipped"]
@@ -287,11 +303,8 @@ def main():
         say(f"nothing to resume in {run}: starting anew")
     metrics = None
     if first and step < c.max_steps:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out_dir={run}: {error.strerror}: give another") from None
-        metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step)
+        run.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step, token)
 
     def save(is_best):
         weights, moments = checkpoint.gather_state(raw, optimizer)  # on every process
@@ -306,6 +319,7 @@ def main():
                 "dtype": precision,
                 "scaler": scaler.state_dict(),
                 "skipped": skipped,
+                "token": token,
                 "versions": checkpoint.versions(),
             }
             checkpoint.save(run, step, weights, moments, state, c.keep, is_best)
@@ -330,7 +344,7 @@ def main():
     # A signal asks for a checkpoint at the end of the step; the processes agree on it there.
     asked = []
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: asked.append(signal.Signals(number).name))
+        signal.signal(name, lambda number, frame: asked.append(signal.Signals(number)))
 
     peak, bad, timed_tokens = peak_flops(device), 0, 0
     bar = tqdm(total=c.max_steps, initial=step, desc=run.name, unit="step", disable=None if first else True)
@@ -339,6 +353,7 @@ def main():
         say(f"step {step:>6}: {show(val_loss)}")
         save(is_best=True)
     batch = fetch(step)
+    tracer = trace_steps(run / "trace.json", say) if c.profile and first and step < c.max_steps else None
     clock = time.perf_counter()
 
     while step < c.max_steps:
@@ -379,6 +394,8 @@ def main():
             raise UserError(f"{what}: {run} keeps its last checkpoint; lower --lr, or try --dtype=fp32")
 
         bar.update()
+        if tracer:
+            tracer.step()
         if first and (step % c.log_interval == 0 or step == c.max_steps):
             rate = timed_tokens / (time.perf_counter() - clock)
             mfu = rate * flops_per_token(m, m.block_size) / (peak * world) if peak else None
@@ -403,15 +420,22 @@ def main():
         if stop and step < c.max_steps:
             if step % c.save_interval:  # else it has just been saved
                 save(is_best=False)
-            name = asked[0] if asked else "another process"
-            say(f"stopped by {name} at step {step}: saved; go on with --resume")
             break
     bar.close()
-    if step >= c.max_steps:
+    if tracer:
+        tracer.stop()
+    if metrics:
+        metrics.close()
+    if step < c.max_steps:
+        name = asked[0].name if asked else "another process"
+        say(f"stopped by {name} at step {step}: saved; go on with: {command(c)}")
+    else:
         whole = f"; over the whole validation split: {show(whole_val_loss)}" if whole_val_loss else ""
         say(f"finished {run} at step {step}{whole}")
     if world > 1:
         dist.destroy_process_group()
+    if step < c.max_steps:
+        raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))  # so that `make demo` stops, too
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def write_release(ckpt, to, dtype="fp32"):
         write_counts(ckpt, folder)
         state = {key: ckpt.state.get(key) for key in KEPT}
         state["versions"] = checkpoint.versions()
-        state["sizes"] = {path.name: path.stat().st_size for path in folder.iterdir()}
+        state |= checkpoint.fingerprints(folder)
         state["release"] = dtype
         (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(ckpt, net, to, "reflow", dtype), encoding="utf-8")

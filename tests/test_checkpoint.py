@@ -1,8 +1,10 @@
 """Run directories: whole or not at all, kept by one rule, read without ever unpickling, found by name."""
 
+import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 from dataclasses import asdict
 
@@ -216,6 +218,52 @@ def test_newest_whole_passes_over_a_damaged_one(run, damage):
         load_model(run / "step_000008")
 
 
+def zeroed(path):
+    """A block in the midst of a file becomes zeros; its length stays."""
+    with open(path, "r+b") as f:
+        f.seek(path.stat().st_size // 2)
+        f.write(bytes(64))
+
+
+@pytest.mark.parametrize("file", checkpoint.WEIGHTS)
+def test_zeroed_bytes_are_found(run, file):
+    """By whatever loads the model, and by a resumption in either file, which takes the one before."""
+    zeroed(run / "step_000008" / file)
+    newest, _, messages = newest_whole(run, verified=True)
+    assert newest.name == "step_000004" and f"step_000008/{file} is damaged: its SHA-256" in messages[0]
+    if file == "model.safetensors":
+        with pytest.raises(UserError, match=f"{file} is damaged: its SHA-256 .*another checkpoint"):
+            load_model(run / "step_000008")
+
+
+def test_a_checkpoint_without_hashes_opens_as_before(run):
+    """Those of earlier versions; and weights too large to be read twice are not verified."""
+    path = run / "step_000008" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != "sha256"}))
+    assert newest_whole(run, verified=True)[1]["step"] == 8
+    load_model(run / "step_000008")
+    zeroed(run / "step_000004" / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "VERIFIED", 10)
+        load_model(run / "step_000004")
+
+
+def test_a_full_disk_is_an_oserror_and_nothing_stays(run):
+    """Whatever file meets it, safetensors' own error included; the checkpoints before are whole."""
+    before = sorted(run.iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (1000, (run / "step_000008" / "model.safetensors").stat().st_size + 10, 10):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(OSError) as error:
+                save(run, 12)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert error.value.errno == errno.EFBIG and error.value.strerror == "File too large"
+        assert sorted(run.iterdir()) == before and newest_whole(run, verified=True)[1]["step"] == 8
+
+
 def test_newest_whole_of_nothing(run, tmp_path):
     """No run, or none that is whole: None, and a message for each damaged one."""
     assert newest_whole(tmp_path / "nowhere") == (None, None, [])
@@ -237,7 +285,7 @@ def test_pickles_are_refused_and_never_loaded(run, tmp_path, reader, legacy):
     assert "\n" not in str(error.value)
     if reader is load_model:
         state = json.loads((offered / "state.json").read_text())
-        state["sizes"]["model.safetensors"] = weights.stat().st_size
+        state |= checkpoint.fingerprints(offered)
         (offered / "state.json").write_text(json.dumps(state))
         with pytest.raises(UserError, match="pickles are never loaded"):
             reader(offered)
@@ -284,8 +332,7 @@ def test_load_model_refuses_other_weights(run):
     step = run / "step_000008"
     save_file({"foreign": torch.zeros(3)}, step / "model.safetensors")
     state = json.loads((step / "state.json").read_text())
-    state["sizes"]["model.safetensors"] = (step / "model.safetensors").stat().st_size
-    (step / "state.json").write_text(json.dumps(state))
+    (step / "state.json").write_text(json.dumps(state | checkpoint.fingerprints(step)))
     with pytest.raises(UserError, match="do not fit") as error:
         load_model(step)
     assert "\n" not in str(error.value)

@@ -150,7 +150,12 @@ def test_a_file_computes_with_its_own_names(write):
         ("--n_layer=1.5", "command line: n_layer=1.5: expected an int"),
         ("--n_layer=inf", "command line: n_layer=inf: expected an int"),
         ("--n_kv_head=x", "command line: n_kv_head=x: expected an int or None"),
-        ("--dropout=", "command line: dropout=: expected a float"),
+        ("--dropout=", "command line: dropout=: expected a finite float"),
+        ("--dropout=nan", "command line: dropout=nan: expected a finite float"),
+        ("--dropout=-inf", "command line: dropout=-inf: expected a finite float"),
+        ("--dropout=1e999", "command line: dropout=1e999: expected a finite float"),
+        ("--max_steps=99999999999999999999", "command line: max_steps=99999999999999999999: expected an int"),
+        ("--max_steps=1e999999999", "command line: max_steps=1e999999999: expected an int"),
         ("--compile=yes", "command line: compile=yes: expected true or false"),
         ("--vocab=full", "command line: vocab=full: expected one of factored, topk, dense"),
     ],
@@ -161,7 +166,7 @@ def test_wrong_type_on_the_command_line(argument, message):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("n_layer = True", "an int"), ("out = 3", "a string"), ("dropout = None", "a float")],
+    [("n_layer = True", "an int"), ("out = 3", "a string"), ("dropout = None", "a finite float")],
 )
 def test_wrong_type_in_a_file_names_its_line(write, line, expected):
     key, value = line.split(" = ")
@@ -238,6 +243,56 @@ def test_post_init_errors_are_the_users():
 )
 def test_a_file_holds_only_assignments(write, line):
     assert mistake(write("a.py", f"max_steps = 1\n\n{line}\n")).startswith("a.py:3: ")
+
+
+@dataclass
+class Ranged:
+    beta: float = 0.9
+    steps: int = 10
+    warmup: int | None = None
+
+    def __post_init__(self):
+        configurator.check(self, "0 <= beta < 1", "0 <= warmup <= steps")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--beta=1", "beta=1.0: must satisfy 0 <= beta < 1"),
+        ("--beta=-0.1", "beta=-0.1: must satisfy 0 <= beta < 1"),
+        ("--warmup=11", "warmup=11 and steps=10: must satisfy 0 <= warmup <= steps"),
+    ],
+)
+def test_a_rule_that_does_not_hold_is_shown_with_the_values(argument, message):
+    with pytest.raises(UserError) as error:
+        parse(Ranged, argv=[argument])
+    assert str(error.value) == message
+
+
+def test_rules_that_hold():
+    """At both ends; a rule about None holds, and what is not a number holds nothing."""
+    for argument in ("--beta=0", "--beta=0.999", "--warmup=10", "--warmup=None"):
+        parse(Ranged, argv=[argument])
+    with pytest.raises(ValueError, match="beta=nan"):
+        Ranged(beta=float("nan"))
+
+
+def test_settings_of_an_earlier_run(write):
+    """They take the place of the defaults and of the default config; what is given now wins over them."""
+    default, other = write("default.py", "n_layer = 1\nout = 'x'"), write("other.py", "max_steps = 8")
+    asked = []
+
+    def saved(given):
+        asked.append(given)
+        return {"n_layer": 3, "max_steps": 7, "dropout": 0.5, "a key of old": 1}
+
+    got = settings("--dropout=0.1", default_config=default, saved=saved)
+    assert (got["n_layer"], got["max_steps"], got["dropout"], got["out"]) == (3, 7, 0.1, "out")
+    assert asked == [{"n_layer": 1, "out": "x", "dropout": 0.1}]
+    assert settings(other, saved=saved)["max_steps"] == 8
+    assert settings("--compile", default_config=default, saved=lambda given: {})["out"] == "x"
+    with pytest.raises(UserError, match="the run's own settings: max_steps=x: expected an int"):
+        settings(saved=lambda given: {"n_layer": 1, "max_steps": "x"})
 
 
 # What a run prints

@@ -24,7 +24,7 @@ FLOORS = (
     ("experiments.lab", "formats"),
     ("reflow",),
     ("attribution",),
-    ("dictionary", "hooks", "data"),
+    ("dictionary", "hooks", "data", "metrics"),
     ("checkpoint",),
     ("hardware", "files"),
     ("model", "configurator"),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import configurator
 import dictionary
 import hooks
 from checkpoint import Checkpoint
@@ -33,6 +34,9 @@ class LabConfig:
     baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
     seed: int = 0  # of every random choice: rotations, bootstrap, prompts
     device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
+
+    def __post_init__(self):
+        configurator.check(self, configurator.SEED)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import numpy as np
 
 import checkpoint
 import configurator
+import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
 from experiments.lab.lab import Lab, LabConfig, file_sha256
@@ -134,7 +135,7 @@ class Report:
     def save(self):
         """Write the folder, whole or not at all, and return the Result."""
         result = self.result()
-        with checkpoint.whole_folder(self.folder) as new:
+        with files.lock(self.folder, wait=True), checkpoint.whole_folder(self.folder) as new:
             for name, data in self._pictures.items():
                 (new / name).write_bytes(data)
             with open(new / "rows.csv", "w", newline="", encoding="utf-8") as f:
