@@ -174,8 +174,14 @@ def check_room(m, c, device, half, world, run):
         raise UserError(f"--out_dir={run}: {sizes}: free some, or give another")
 
 
-def trace_steps(path, say):
-    """A started torch.profiler whose step() ends each step: it traces the second to the fourth to `path`."""
+def trace_steps(path, steps, say):
+    """A started torch.profiler whose step() ends each step: it writes the second to the fourth to `path`.
+
+    None if so many steps are not to come.
+    """
+    if steps < 4:
+        say("no profile: it takes 4 steps")
+        return None
     from torch.profiler import profile, schedule  # most runs need none
 
     def write(profiler):

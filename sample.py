@@ -87,6 +87,8 @@ def read_steering(text, model):
             direction = reflow.direction(model, int(name[1:]) if re.fullmatch(r"s\d+", name) else name)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if float(strength) > 1000:
+            raise UserError(f"{where}: the strength counts norms of the stream: at most 1000")
         found.append((direction, float(sign + strength), layers))
     return found
 

@@ -353,7 +353,7 @@ def train(m, c, run):
         say(f"step {step:>6}: {show(val_loss)}")
         save(is_best=True)
     batch = fetch(step)
-    tracer = trace_steps(run / "trace.json", say) if c.profile and first and step < c.max_steps else None
+    tracer = trace_steps(run / "trace.json", c.max_steps - step, say) if c.profile and first else None
     clock = time.perf_counter()
 
     while step < c.max_steps:

@@ -11,6 +11,7 @@ import checkpoint
 import dictionary
 from configurator import UserError
 from data.shards import Dataset
+from experiments.lab import LabConfig
 from experiments.lab.probes import categories
 from formats.release import write_release
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny, token
@@ -159,3 +160,8 @@ def test_a_release_brings_its_counts(tmp_path, capsys):
     assert again.text.name == "sotu"
     assert "text from data/sotu" in capsys.readouterr().err
     assert (open_lab(run).words.counts != expected).any()  # without a release: the embedded corpus
+
+
+def test_a_seed_that_cannot_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1: must satisfy 0 <= seed"):
+        LabConfig(seed=-1)

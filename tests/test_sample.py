@@ -85,8 +85,16 @@ def test_prompts_from_files_empty_and_too_long(out, monkeypatch, capsys, tmp_pat
     [
         (["--prompt=FILE:missing.txt"], "missing.txt"),
         (["--run=out/other"], "no run out/other: make one with: python train.py"),
-        (["--temperature=-1"], "temperature at least 0"),
-        (["--top_p=0"], "top_p above 0"),
+        (["--temperature=-1"], "temperature=-1.0: must satisfy temperature == 0 or 0.001 <= temperature"),
+        (["--temperature=1e-38"], "temperature=1e-38: must satisfy"),
+        (["--temperature=nan"], "temperature=nan: expected a finite float"),
+        (["--top_p=0"], "top_p=0.0: must satisfy 0 < top_p <= 1"),
+        (["--top_k=-1"], "top_k=-1: must satisfy top_k >= 0"),
+        (["--num_samples=1e12"], "num_samples=1000000000000: must satisfy 1 <= num_samples"),
+        (["--seed=-1"], "seed=-1: must satisfy 0 <= seed"),
+        (["--seed=12345678901234567890"], "seed=12345678901234567890: expected an int"),
+        ([f"--steer=+s0:{'9' * 42}@0"], "s0:9*@0': the strength .* at most 1000"),
+        (["--steer=+s0:nan@0"], "is not like"),
         (["--dtype=fp8"], "dtype=fp8"),
         (["--promt=x"], "did you mean prompt"),
     ],
@@ -95,6 +103,12 @@ def test_mistakes_are_one_line(out, monkeypatch, capsys, arguments, match):
     with pytest.raises(UserError, match=match) as error:
         run(monkeypatch, capsys, *arguments)
     assert "\n" not in str(error.value)
+
+
+def test_top_k_0_takes_all(out, monkeypatch, capsys):
+    """As None does."""
+    found = [run(monkeypatch, capsys, f"--top_k={k}", "--temperature=2")[0] for k in ("0", "None", "1")]
+    assert found[0] == found[1] != found[2]
 
 
 def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):

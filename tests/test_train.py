@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -24,9 +25,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import checkpoint
 import configurator
+import files
 import train
 from configurator import UserError
 from data.shards import Writer
@@ -614,6 +617,111 @@ def test_a_run_is_never_overwritten_nor_mixed(tiny, tmp_path, capsys):
         "resuming with another dtype: float32 -> bfloat16",
     ]
     assert checkpoint.newest_whole(run)[1]["dtype"] == "bfloat16"
+
+
+def test_resume_takes_the_runs_own_settings(tiny, tmp_path, monkeypatch, capsys):
+    """All of them, wherever the folder lies now; the command line and a config file change them, and it is
+    said. A combination is judged as a whole: save_interval=2 fits this run's eval_interval, not the nano's.
+    """
+    own = ["--max_steps=4", "--lr=2e-3", "--eval_interval=1", "--save_interval=4", "--n_embd=16"]
+    run = go(tiny, tmp_path / "run", *own).rename(tmp_path / "moved")
+    capsys.readouterr()
+
+    def resume(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"--out_dir={run}", "--resume", *arguments])
+        train.main()
+        state = checkpoint.newest_whole(run)[1]["config"]["train"]
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming with")]
+        return state["max_steps"], state["lr"], said
+
+    assert resume() == (4, 2e-3, [])
+    assert resume("--max_steps=6", "--save_interval=2") == (
+        *(6, 2e-3),
+        ["resuming with another max_steps: 4 -> 6"],
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("max_steps = 8\nlr = 1e-3")
+    changes = ["resuming with another max_steps: 6 -> 8", "resuming with another lr: 0.002 -> 0.001"]
+    assert resume("mine.py") == (8, 1e-3, changes)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny, tmp_path, capsys):
+    """The second command stops at once and changes nothing, with --resume and without."""
+    run = go(tiny, tmp_path / "run", "--max_steps=4")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with files.lock(run):
+        for more in ([], ["--resume"], ["--resume", "--max_steps=8"]):
+            with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on .* since 20"):
+                go(tiny, run, *more)
+        go(tiny, run, "--dry_run")  # writes nothing
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, capsys):
+    """In the save of step 8: one line, status 2; step 4 is whole, and the command in the line goes on."""
+    reference = go(tiny, tmp_path / "reference")
+    run, save_file = tmp_path / "run", checkpoint.save_file
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(tensors, path):
+        if "step_000008" in str(path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        save_file(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(checkpoint, "save_file", full)
+        try:
+            configurator.run(lambda: go(tiny, run))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    command = f"python train.py --out_dir={run} --resume"
+    error = f"error: {run}: File too large: {run}/step_000004 is whole; go on from it with: {command}\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(error)
+    assert not [path.name for path in run.iterdir() if ".tmp" in path.name]
+    go(tiny, run, "--resume")
+    assert_same(run, reference)
+
+
+def test_a_folder_that_cannot_be_made(tiny):
+    """Before the work, and in one line."""
+    with pytest.raises(UserError, match="^/proc/none/run cannot be written: No such file or directory: give"):
+        go(tiny, "/proc/none/run")
+
+
+def test_profile(tiny, tmp_path, capsys):
+    """A trace of three steps lies in the run's folder; the run is the same as without."""
+    plain = go(tiny, tmp_path / "plain", "--max_steps=8")
+    run = go(tiny, tmp_path / "run", "--max_steps=8", "--profile")
+    assert f"profile of 3 steps in {run / 'trace.json'}: open it at" in capsys.readouterr().out
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#1", "ProfilerStep#2", "ProfilerStep#3"}
+    assert any(
+        "ReFlow" in event["name"] or "aten::mm" in event["name"] for event in events if "name" in event
+    )
+    assert_same(run, plain)
+    go(tiny, run, "--max_steps=10", "--resume", "--profile")
+    assert "no profile: it takes 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("clip, dtype", [(0.05, "fp32"), (0.05, "fp16"), (0, "fp32")])
+def test_the_update_uses_a_gradient_of_norm_grad_clip(tiny, tmp_path, clip, dtype):
+    """metrics.jsonl has the norm before that. 0 turns it off."""
+    norms = []
+
+    def note(optimizer, args, kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run = go(tiny, tmp_path / "run", "--max_steps=4", f"--grad_clip={clip}", f"--dtype={dtype}")
+    finally:
+        hook.remove()
+    before = list(column(run, "grad_norm").values())
+    assert len(norms) == 4 and min(before) > 0.1
+    assert norms == pytest.approx([clip] * 4 if clip else before, rel=1e-4)
 
 
 def test_a_pickle_in_the_run_is_never_loaded(tiny, tmp_path):

@@ -1,0 +1,84 @@
+"""Loggers beside metrics.jsonl: valid ids that no two runs share, and one line when one is not to be had."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from configurator import UserError
+from metrics import Metrics, tracker_id
+
+
+def tracker(**functions):
+    """A module with the three calls of wandb and trackio."""
+    nothing = {"init": lambda **how: None, "log": lambda row, step: None, "finish": lambda: None}
+    return SimpleNamespace(**nothing | functions)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, with a name that wandb refuses as an id."""
+    folder = tmp_path / "out" / "lr=3e-3,bs:2"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def named(monkeypatch, logger, run, token="a"):
+    """What init of a logger is told of a run."""
+    told = {}
+    monkeypatch.setitem(sys.modules, logger, tracker(init=lambda **how: told.update(how)))
+    Metrics(run, logger, {}, 0, token)
+    return told
+
+
+def test_an_id_is_valid_and_a_runs_own(tmp_path):
+    """The same whenever the run is resumed; another in a copy of its folder, or at this path elsewhere."""
+    run = tmp_path / "out" / "lr=3e-3,bs:2"
+    found = {tracker_id(run, "a"), tracker_id(tmp_path / "copy" / run.name, "a"), tracker_id(run, "b")}
+    assert len(found) == 3 and all(id.isalnum() and len(id) == 16 for id in found)
+    assert tracker_id(run, "a") in found
+
+
+@pytest.mark.parametrize("logger, identity", [("wandb", "id"), ("trackio", "name")])
+def test_what_a_logger_is_told(run, tmp_path, monkeypatch, logger, identity):
+    """Runs of one name in different folders have different identities; each is resumed under its own."""
+    other = tmp_path / "elsewhere" / run.name
+    other.mkdir(parents=True)
+    told = [named(monkeypatch, logger, folder) for folder in (run, run, other)]
+    assert told[0] == told[1] and told[0][identity] != told[2][identity]
+    assert told[0]["name"].startswith(run.name) and told[0]["resume"] == "allow"
+    assert told[0].get("dir", run) == run
+
+
+@pytest.mark.parametrize("logger", ["wandb", "trackio", "tensorboard"])
+def test_a_missing_package(run, monkeypatch, logger):
+    """One line with the remedy, and the rows of the run are as they were."""
+    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    monkeypatch.setitem(sys.modules, logger, None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=f"^--logger={logger} needs a package: pip install {logger}$"):
+        Metrics(run, logger, {}, 0, "a")
+    assert (run / "metrics.jsonl").read_text() == '{"step": 9}\n'
+
+
+def test_wandb_without_login(run, monkeypatch):
+    """Whatever the service says is one line with the remedy."""
+
+    def init(**how):
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", tracker(init=init))
+    with pytest.raises(UserError) as error:
+        Metrics(run, "wandb", {}, 0, "a")
+    remedy = "log in with `wandb login`, or set WANDB_MODE=offline"
+    said = "No API key configured. Use `wandb login` to log in"
+    assert str(error.value) == f"--logger=wandb: {said}: {remedy}"
+
+
+def test_rows_after_the_start_are_written_anew(run):
+    """Those up to it stay; a line that a kill cut goes."""
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics = Metrics(run, "none", {}, 2, "a")
+    metrics.write(step=3, loss=float("nan"))
+    metrics.close()
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
