@@ -5,7 +5,6 @@ Prepared data sets by name: where one is, whether it trained a run, a model's lo
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,30 +12,28 @@ import torch.distributed as dist
 
 import checkpoint
 from configurator import UserError
-from data.shards import Dataset
+from data.shards import Dataset, locate
 from data.words import Words
 from model import ModelConfig
 
-DATA = Path(__file__).resolve().parent
 COUNTS = "counts.safetensors"  # what a release says of its training text: counts (n_tokens,)
 COUNTED = 50_000  # windows of training text, at most, in which tokens are counted
 
 
 def find_dataset(name):
-    """The folder that `--dataset=name` means: data/<name>, or a path.
+    """The folder that `--dataset=name` means, see `locate`.
 
     The embedded corpus is prepared if it is missing. Under torchrun every process must call it: the first one
     prepares, the others wait.
     """
-    folder = DATA / name if "/" not in name else Path(name)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if name == "sotu" and first and not (folder / "meta.json").exists():
+    if name == "sotu" and first and not (locate(name) / "meta.json").exists():
         from data.sotu.prepare import prepare  # needs a package that other data sets do not
 
         prepare()
     if dist.is_initialized():
         dist.barrier()
-    return folder
+    return locate(name)
 
 
 def dataset_of(state):

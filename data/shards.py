@@ -6,9 +6,14 @@ the format of llm.c and modded-nanogpt, readable by both. meta.json, written las
 it has no timestamps, so the same text always gives the same bytes and the same `data_sha256`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shlex
+import sys
+import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +25,66 @@ MAGIC, VERSION = 20240520, 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 SPLITS = ("train", "val")
+DATA = Path(__file__).resolve().parent
+
+
+def user_cache():
+    """The folder for data sets where the checkout cannot be written."""
+    home = Path.home()
+    system = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": home / "Library" / "Caches"}.get(
+        sys.platform
+    )
+    return Path(os.environ.get("XDG_CACHE_HOME") or system or home / ".cache") / "reflow"
+
+
+def locate(name):
+    """The folder that `--dataset=name` and `--out=name` mean.
+
+    A path, such as ./books or ~/text/books, is that folder. A plain name is data/<name> in this repository;
+    if no data set is there, a prepared folder of that name in the user's cache or right here.
+    """
+    path = Path(name).expanduser()
+    if path.name != str(name):
+        return path
+    places = [DATA / path, user_cache() / path, path]
+    return next((place for place in places if (place / "meta.json").exists()), places[0])
+
+
+def shown(path):
+    """`path` as one would type it in the current folder."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def as_argument(folder):
+    """What --dataset= takes for `folder` in any current folder, quoted for a shell: its name, or its path."""
+    folder = Path(folder).resolve()
+    named = folder.parent in (DATA, user_cache().resolve()) and locate(folder.name) == folder
+    return shlex.quote(folder.name if named else str(folder))
+
+
+def check_writable(folder):
+    """Make `folder`; UserError, before the work, if no file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}: give another folder") from None
 
 
 def replace_file(path, *parts):
     """Write bytes-like `parts` to `path` so that readers and crashes see the old or the whole new file."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.writelines(parts)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_shard(path, tokens):
@@ -76,10 +131,10 @@ class Writer:
             "recipe": {**recipe, "shard_tokens": shard_tokens},
         }
         self.meta = json.loads(json.dumps(self.meta))  # as it will be read back: tuples are lists
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.finished = self._is_finished()
         if self.finished:
             return
+        check_writable(self.folder)
         # What the whole shards of a split hold: the documents and bytes before `document`, and its first
         # `offset` tokens.
         empty = {"document": 0, "offset": 0, "documents": 0, "bytes": 0, "shards": []}
@@ -95,9 +150,9 @@ class Writer:
         meta = read_json(self.folder / "meta.json")
         if meta is None:
             return False
-        if changed := [key for key in self.meta if meta.get(key) != self.meta[key]]:
+        if changed := changes(meta, self.meta):
             raise UserError(
-                f"{self.folder} holds a finished dataset with another {', '.join(changed)}: "
+                f"{self.folder} holds a finished dataset of another {changed}: "
                 f"write to another folder, or delete {self.folder / 'meta.json'} to replace it"
             )
         return True
@@ -110,15 +165,20 @@ class Writer:
             if progress["meta"] == self.meta and all((self.folder / shard).exists() for shard in shards):
                 print(f"{self.folder}: going on after {len(shards)} finished shards")
                 return progress["closed"]
-            print(f"{self.folder}: unfinished shards of other settings found: starting over")
+            changed = changes(progress["meta"], self.meta) or "shards, which are missing"
+            print(f"{self.folder}: unfinished, of another {changed}: starting over")
             (self.folder / "progress.json").unlink()
         for split in SPLITS:
-            for stale in self.folder.glob(f"{split}_*.bin"):
+            for stale in self.folder.glob(f"{split}_*.bin*"):  # .tmp, too
                 stale.unlink()
 
     def wants(self, split, index):
         """False if document `index` lies in whole shards already, so that it need not be tokenised again."""
         return index >= self.closed[split]["document"]
+
+    def tokens_in_shards(self):
+        """Tokens that whole shards hold already."""
+        return sum(shard["tokens"] for split in SPLITS for shard in self.closed[split]["shards"])
 
     def add(self, split, index, tokens, n_bytes):
         """Append document `index` (its place in the source, increasing): tokens (n,), and its UTF-8 bytes."""
@@ -140,7 +200,8 @@ class Writer:
     def _close_shard(self, split, document, offset):
         shards = self.closed[split]["shards"]
         path = self.folder / f"{split}_{len(shards):06d}.bin"
-        shard = write_shard(path, self.buffers[split][: self.filled[split]])
+        with self._disk_errors():
+            shard = write_shard(path, self.buffers[split][: self.filled[split]])
         self.filled[split] = 0
         self.closed[split] = {
             "document": document,
@@ -151,15 +212,27 @@ class Writer:
         }
         # The other split's open shard is not saved: a resumed run tokenises its documents again, only those.
         progress = {"meta": self.meta, "closed": self.closed}
-        replace_file(self.folder / "progress.json", json.dumps(progress).encode())
+        with self._disk_errors():
+            replace_file(self.folder / "progress.json", json.dumps(progress).encode())
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        """A full disk is a UserError: the whole shards stay, and the same command goes on after them."""
+        try:
+            yield
+        except OSError as error:
+            n = sum(len(self.closed[split]["shards"]) for split in SPLITS)
+            raise UserError(
+                f"{self.folder}: {error.strerror}: {n} whole shards are kept; put that right, and the same "
+                "command goes on after them"
+            ) from None
 
     def finish(self):
         """Write the last, shorter shards, then meta.json; return that. UserError if a split is empty."""
         for split in SPLITS:
             if not self.documents[split]:
-                raise UserError(
-                    f"{self.folder}: no document for {split}: give more text, or a smaller --val_every"
-                )
+                purpose = {"train": "training", "val": "validation"}[split]
+                raise UserError(f"{self.folder}: no text is left for {purpose}: give more text")
             if self.filled[split]:
                 self._close_shard(split, self.next[split], 0)
         splits = {}
@@ -172,16 +245,50 @@ class Writer:
                 "shards": shards,
             }
         meta = self.meta | {"splits": splits}
-        replace_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
+        with self._disk_errors():
+            replace_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
         (self.folder / "progress.json").unlink(missing_ok=True)
         return meta
+
+
+def changes(old, new):
+    """What differs between two data sets of the same folder, before their shards, in words; "" if nothing."""
+    words = [key for key in new if key != "recipe" and old.get(key) != new[key]]
+    old, new = old.get("recipe", {}), new["recipe"]
+    differing = [key for key in old | new if old.get(key) != new.get(key)]
+    for key in differing:
+        a, b = old.get(key), new.get(key)
+        if key == "files" and a and b:
+            before = [entry for entry in a if entry not in b]
+            names = sorted({entry[0] for entry in before + [entry for entry in b if entry not in a]})
+            words.append(f"content of {', '.join(names[:3])}{', ...' * (len(names) > 3)}" if names else key)
+        elif isinstance(a, list | dict | None) and isinstance(b, list | dict | None):
+            words.append(key)
+        else:
+            words.append(f"{key} ({a}, now {b})")
+    return ", ".join(words)
+
+
+def how_to_get(folder):
+    """What to do about a missing data set: its prepare.py, the nearest name, else how to make one."""
+    if (folder / "prepare.py").exists():
+        return f"run python {shown(folder / 'prepare.py')}"
+    beside = [*DATA.glob("*/prepare.py"), *DATA.glob("*/meta.json"), *folder.parent.glob("*/meta.json")]
+    places = {path.parent.name: path.parent for path in beside}
+    if near := get_close_matches(folder.name, places, n=1):
+        return f"did you mean --dataset={as_argument(places[near[0]])}?"
+    source = next((path for path in (folder, Path(folder.name)) if path.exists()), "FILES")
+    script = shown(DATA / "openwebtext" / "prepare.py")
+    out = shlex.quote(folder.name.split(".")[0])
+    command = f"python {script} --source={shlex.quote(str(source))} --out={out}"
+    return f"make it of your own text: {command}"
 
 
 def read_json(path):
     """Return a JSON file's content, None if there is no such file. UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         raise UserError(f"{path} is damaged: delete it and prepare the data again") from None
@@ -203,11 +310,11 @@ class Dataset:
         self.folder = Path(folder)
         self.block_size = block_size
         script = self.folder / "prepare.py"
-        prepare = f"run python {script}" if script.exists() else "run the prepare.py that writes it"
-        self.remedy = f"delete {self.folder / 'meta.json'} and {prepare}"
+        prepare = f"run python {shown(script)}" if script.exists() else "run the prepare.py that writes it"
+        self.remedy = f"delete {shown(self.folder / 'meta.json')} and {prepare}"
         meta = read_json(self.folder / "meta.json")
         if meta is None:
-            raise UserError(f"no dataset at {folder}: {prepare}")
+            raise UserError(f"no dataset at {shown(folder)}: {how_to_get(self.folder)}")
         if (meta.get("version"), meta.get("tokenizer_sha256")) != (VERSION, TOKENIZER_SHA256):
             raise UserError(
                 f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
@@ -231,10 +338,23 @@ class Dataset:
         self.first_window = np.cumsum([0] + [max(0, len(shard) - 1) // block_size for shard in self.shards])
         self.n_windows = int(self.first_window[-1])
         if not self.n_windows:
-            raise UserError(
-                f"{folder}: no {split} shard has block_size + 1 = {block_size + 1} tokens: prepare more text"
-            )
+            raise UserError(self._too_small(split))
         self._orders = {}  # (seed, epoch) -> permutation
+
+    def _too_small(self, split):
+        """Why there is no window, and what to do about it."""
+        largest = max(map(len, self.shards), default=0)
+        where = f"{largest:,} tokens" + " in its largest shard" * (len(self.shards) > 1)
+        ways = ["prepare more text"]
+        recipe = self.meta.get("recipe", {})
+        if split == "val" and "val_every" in recipe and "split" not in recipe:
+            ways.append(f"prepare it with a smaller --val_every than {recipe['val_every']}")
+        if largest > 1:
+            ways.append(f"give --block_size={largest - 1} or less")
+        return (
+            f"{shown(self.folder)}: {split} has {where}, one window takes block_size + 1 = "
+            f"{self.block_size + 1:,}: {', or '.join(ways)}"
+        )
 
     def _open(self, path, entry):
         """Map a shard's tokens, (n,) uint16, after checking what can be checked without reading them."""

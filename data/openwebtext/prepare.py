@@ -1,22 +1,26 @@
 """OpenWebText, 8,013,769 web pages, or any text of your own, as token shards.
 
-    pip install datasets
-    python data/openwebtext/prepare.py                      # all of it
-    python data/openwebtext/prepare.py --limit_docs=100000  # the first pages only, and no more is downloaded
+    python data/openwebtext/prepare.py --source=books --out=mine    # own text: a file, folder or quoted glob
+    python data/openwebtext/prepare.py                              # OpenWebText; pip install datasets
+    python data/openwebtext/prepare.py --limit_docs=100000          # its first pages only
 
-The full set is about 9.04B training and 4.4M validation tokens: 18 GB of shards, beside 54 GB in the cache of
-`datasets`. Killed, it goes on from the last whole shard when the same command is given again.
+OpenWebText is about 9.04B training and 4.4M validation tokens: 18 GB of shards. It is streamed: nothing else
+is kept on the disk. Killed, it goes on from the last whole shard when the same command is given again: the
+pages before that are downloaded again, but not tokenised.
 
-Own text, a file or a quoted glob of .parquet, .jsonl or .json (field `text`) or .txt (a document a file, or
-documents separated by <|endoftext|>), written to a folder of its own:
+Own text: .parquet, .jsonl or .json with a document a row in the field `text`, .txt or .md with a document a
+file; all but .parquet also as .gz, .bz2 or .xz. `<|endoftext|>` separates documents in all of them. A folder
+means all such files anywhere in it. `--out=mine` is data/mine, which `train.py --dataset=mine` takes; a path
+is that folder.
 
-    python data/openwebtext/prepare.py --source='books/*.txt' --out=data/mine --val_every=20
+One document in about val_every is validation. If that leaves a split without any, as with a single file,
+validation is the last twentieth of the text (1 / val_every if that is more), cut where a paragraph ends.
 """
 
-import glob
 import hashlib
-import json
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -28,24 +32,36 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer
+from data import texts as local
+from data.shards import SPLITS, Writer, as_argument, locate, shown
 from data.tokenizer import encode, encoding
+from files import lock
+
+PAGES = 8_013_769  # in OpenWebText
+SHARDS_GB = 18
 
 
 @dataclass
 class PrepareConfig:
-    source: str | None = (
-        None  # own text: path or quoted glob of .parquet/.jsonl/.json/.txt; None: OpenWebText
-    )
-    out: str = "data/openwebtext"  # folder to write
+    source: str | None = None  # own text: a file, a folder or a quoted glob; None: OpenWebText
+    out: str | None = None  # name in data/, or path of a folder; own text needs one; None: openwebtext
     limit_docs: int | None = None  # only the first N documents
     val_every: int = 2000  # one document in about N goes to validation
     shard_tokens: int = 100_000_000  # tokens in a shard file (200 MB)
     num_proc: int = os.cpu_count() or 1  # tokenizer threads; the result does not depend on it
 
     def __post_init__(self):
-        if min(self.val_every, self.shard_tokens, self.num_proc, self.limit_docs or 1) < 1:
-            raise ValueError("val_every, shard_tokens, num_proc and limit_docs must be 1 or more")
+        if min(self.shard_tokens, self.num_proc, self.limit_docs or 1) < 1:
+            raise ValueError("shard_tokens, num_proc and limit_docs must be 1 or more")
+        if self.limit_docs == 0:
+            raise ValueError("limit_docs=0: must be 1 or more")
+        if self.val_every < 2:
+            raise ValueError(
+                f"val_every={self.val_every}: must be 2 or more, or no text is left for training"
+            )
+        if self.source is not None and self.out is None:
+            name = shlex.quote(local.stem(self.source))
+            raise ValueError(f"--source needs the name of the dataset to make: add --out={name}")
 
 
 def is_val(index, val_every):
@@ -54,84 +70,69 @@ def is_val(index, val_every):
     return int.from_bytes(digest, "little") % val_every == 0
 
 
-def openwebtext(cfg):
-    """Yield the texts of OpenWebText, from the cache of `datasets` or the hub."""
+def end_share(val_every):
+    """With too few documents for one in val_every, the last 1 / end_share of the text is validation."""
+    return min(val_every, 20)
+
+
+def border(texts, val_every):
+    """None if each split gets a document by `is_val`, else the character at which validation begins."""
+    seen, total = set(), 0
+    for index, text in enumerate(texts):
+        seen.add(is_val(index, val_every))
+        if len(seen) == 2:
+            return None
+        total += len(text)
+    if total < 2:
+        raise UserError("there is no text in the source, or too little for training and validation")
+    return total - -(-total // end_share(val_every))
+
+
+def paragraph_end(text, at):
+    """The end of a paragraph, line or word before character `at`, unless what follows it would be doubled."""
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, max(1, 2 * at - len(text)), at)
+        if found > 0:
+            return found + len(mark)
+    return at
+
+
+def divide(texts, val_every, border=None):
+    """Yield (split, index, text): by `is_val`, or if there is a `border`, validation is what follows it."""
+    position = 0
+    for index, text in enumerate(texts):
+        if border is None:
+            yield SPLITS[is_val(index, val_every)], index, text
+            continue
+        at = min(max(border - position, 0), len(text))
+        position += len(text)
+        if 0 < at < len(text):
+            at = paragraph_end(text, at)
+        for split, part in zip(SPLITS, (text[:at], text[at:]), strict=True):
+            if part.strip():
+                yield split, index, part if part == text else part.strip()
+
+
+def openwebtext():
+    """Yield the texts of OpenWebText, streamed from the hub."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError("OpenWebText comes through the datasets package: pip install datasets") from None
-    # The full name: the bare "openwebtext" of old is a loading script, which datasets >= 4 refuses to run.
-    options = {"streaming": True} if cfg.limit_docs is not None else {"num_proc": cfg.num_proc}
     try:
-        rows = load_dataset("Skylion007/openwebtext", split="train", **options)
-    except OSError as error:  # no network, no such dataset, disk full
-        raise UserError(f"OpenWebText cannot be loaded: {error}") from None
+        # The full name: the bare "openwebtext" of old is a loading script, which datasets >= 4 refuses.
+        rows = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
+        yield from stream(rows)
+    except Exception as error:  # of the network, in as many classes as there are packages below `datasets`
+        raise UserError(
+            f"OpenWebText cannot be read: {local.first_line(error)}: try again on a network that reaches "
+            "huggingface.co (whole shards are kept), or give files of your own with --source"
+        ) from None
+
+
+def stream(rows):
     for batch in rows.iter(batch_size=1000):
-        yield from batch["text"]
-
-
-def local_files(source):
-    """Return the paths that `source` names, sorted. UserError if there is none, or one of an unknown kind."""
-    paths = [Path(path) for path in sorted(glob.glob(source, recursive=True))]
-    if not paths:
-        raise UserError(f"--source={source}: no such file")
-    for path in paths:
-        if path.suffix not in READERS:
-            raise UserError(f"{path}: not one of {', '.join(READERS)}")
-    return paths
-
-
-def local_texts(paths):
-    """Yield the texts of local files. UserError names the file that cannot be read."""
-    for path in paths:
-        try:
-            for text in READERS[path.suffix](path):
-                if text:
-                    yield text.encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: each row needs a field `text` that holds a string") from None
-        except (OSError, ValueError) as error:  # also damaged JSON, parquet and UTF-8
-            raise UserError(f"{path}: {error}") from None
-
-
-def read_parquet(path):
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        if "text" not in file.schema_arrow.names:
-            raise KeyError("text")
-        for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-            yield from batch.column(0).to_pylist()
-
-
-def read_jsonl(path):
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)["text"]
-
-
-def read_json(path):
-    """A .json file is one list of objects, or lines like .jsonl."""
-    with open(path, encoding="utf-8") as file:
-        is_list = file.read(1) == "["
-    if not is_list:
-        yield from read_jsonl(path)
-        return
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        yield row["text"]
-
-
-def read_txt(path):
-    rest = ""
-    with open(path, encoding="utf-8") as file:
-        while block := file.read(2**26):
-            *whole, rest = (rest + block).split("<|endoftext|>")
-            yield from (text.strip() for text in whole)
-    yield rest.strip()
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_json, ".txt": read_txt}
+        yield from local.split(batch["text"])
 
 
 def chunks(documents, size=2**20):
@@ -169,45 +170,80 @@ def encode_in_order(documents, num_proc):
 
 def prepare(cfg):
     """Write the dataset to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
-    from tqdm import tqdm
+    folder = locate(cfg.out or "openwebtext")
+    with lock(folder):
+        return write(cfg, folder)
 
-    if cfg.source is None:
-        source, licence = "OpenWebText (Skylion007/openwebtext)", "collection: CC0"
-        recipe, texts = {}, openwebtext(cfg)
-    else:
-        paths = local_files(cfg.source)
-        # Names and sizes, not folders: the same files give the same data hash wherever they lie.
+
+def write(cfg, folder):
+    """`prepare` into `folder`, which nobody else writes."""
+    paths = [] if cfg.source is None else local.find(cfg.source, out=folder)
+    stamps = local.stamps(paths)
+
+    def texts():
+        return islice(local.documents(paths) if paths else openwebtext(), cfg.limit_docs)
+
+    if paths:
         source, licence = f"{len(paths)} local files", "unknown"
-        recipe, texts = {"files": [[path.name, path.stat().st_size] for path in paths]}, local_texts(paths)
+        recipe = {"files": local.fingerprints(paths)}
+    else:
+        source, licence = "OpenWebText (Skylion007/openwebtext)", "collection: CC0"
+        recipe = {}
     recipe |= {"val_every": cfg.val_every, "limit_docs": cfg.limit_docs}
+    whole = not paths and (cfg.limit_docs or PAGES) >= PAGES
+    start_of_val = None if whole else border(texts(), cfg.val_every)
+    if start_of_val is not None:
+        recipe["split"] = f"the last 1/{end_share(cfg.val_every)} of the text, cut where a paragraph ends"
 
-    writer = Writer(cfg.out, source, licence, recipe, cfg.shard_tokens)
+    writer = Writer(folder, source, licence, recipe, cfg.shard_tokens)
     if writer.finished:
-        print(f"{cfg.out} is already there")
+        print(f"{shown(folder)} is already there: {training(folder)}")
         return None
+    free = shutil.disk_usage(folder).free / 1e9 + 2e-9 * writer.tokens_in_shards()
+    if whole and free < SHARDS_GB:
+        raise UserError(
+            f"OpenWebText needs {SHARDS_GB} GB in {folder}, where {free:.1f} GB are free: "
+            "give another folder with --out, or --limit_docs"
+        )
+    if start_of_val is not None:
+        print(f"too few documents for one in {cfg.val_every} to be validation: it is {recipe['split']}")
 
-    progress = tqdm(total=cfg.limit_docs, unit=" documents", unit_scale=True, disable=None)
+    n_bytes = 0
+    start, progress = time.perf_counter(), bar(total=cfg.limit_docs)
 
     def wanted():
-        for index, text in enumerate(islice(texts, cfg.limit_docs)):
-            split = "val" if is_val(index, cfg.val_every) else "train"
+        for split, index, text in divide(texts(), cfg.val_every, start_of_val):
             if writer.wants(split, index):
                 yield split, index, text
             else:
                 progress.update()
 
-    start, n_bytes = time.perf_counter(), 0
     with progress:
         for chunk in encode_in_order(wanted(), cfg.num_proc):
             for split, index, tokens, size in chunk:
                 writer.add(split, index, tokens, size)
                 n_bytes += size
             progress.update(len(chunk))
+        if local.stamps(paths) != stamps:
+            changed = [p for p, a, b in zip(paths, stamps, local.stamps(paths), strict=True) if a != b]
+            raise UserError(f"{changed[0]} changed while it was read: give the same command again")
         meta = writer.finish()
     for name, counts in meta["splits"].items():
-        print(f"{cfg.out}: {name} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    print(f"{n_bytes / 1e6 / (time.perf_counter() - start):.1f} MB of text a second")
+        print(f"{shown(folder)}: {name} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    print(f"{n_bytes / 1e6 / (time.perf_counter() - start):.1f} MB of text a second; {training(folder)}")
     return meta
+
+
+def bar(total):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" documents", unit_scale=True, disable=None)
+
+
+def training(folder):
+    """The command that trains on a data set, as it is typed here."""
+    script = shlex.quote(str(shown(Path(__file__).parents[2] / "train.py")))
+    return f"train on it: python {script} --dataset={as_argument(folder)}"
 
 
 def main():

@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer
+from data.shards import Writer, check_writable, locate, shown, user_cache
 from data.tokenizer import encode
+from files import lock
 
 # Validation is every 42nd address from the 13th on: 1801, 1843, 1885, 1927, 1966 and 1995. Presidents quote
 # themselves and at times gave one message twice, spoken and written (1945, 1973): with this choice no
@@ -40,9 +41,31 @@ def split(index):
     return "val" if index % VAL_EVERY == VAL_FIRST else "train"
 
 
+def default_folder():
+    """data/sotu, or its place in the user's cache if data/sotu cannot be written."""
+    folder, cache = locate("sotu"), user_cache() / "sotu"
+    try:
+        if not (folder / "meta.json").exists():
+            check_writable(folder)
+        return folder
+    except UserError as error:
+        try:
+            check_writable(cache)
+            return cache
+        except UserError as second:
+            raise UserError(f"{error}; {second}: set XDG_CACHE_HOME to a folder that can") from None
+
+
 def prepare(out_dir=None):
-    """Write the corpus to `out_dir` (default: this file's folder) unless it is there. Return the folder."""
-    folder = Path(out_dir or Path(__file__).parent)
+    """Write the corpus to `out_dir` (see `default_folder`) unless it is there. Return the folder."""
+    folder = Path(out_dir or default_folder())
+    with lock(folder, wait=True):  # of the runs that find no data set, the first one makes it for all
+        write(folder)
+    return folder
+
+
+def write(folder):
+    """`prepare` into `folder`, which nobody else writes."""
     paths = speeches()
     writer = Writer(
         folder,
@@ -51,14 +74,13 @@ def prepare(out_dir=None):
         recipe={"val": [VAL_FIRST, VAL_EVERY]},
     )
     if writer.finished:
-        print(f"{folder} is already there")
-        return folder
+        print(f"{shown(folder)} is already there")
+        return
     for index, path in enumerate(paths):
         text = path.read_text(encoding="utf-8")
         writer.add(split(index), index, encode(text), len(text.encode()))
     for name, counts in writer.finish()["splits"].items():
-        print(f"{folder}: {name} {counts['documents']} addresses, {counts['tokens']:,} tokens")
-    return folder
+        print(f"{shown(folder)}: {name} {counts['documents']} addresses, {counts['tokens']:,} tokens")
 
 
 def main():
