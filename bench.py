@@ -26,6 +26,7 @@ from statistics import median
 from typing import Literal
 
 import configurator
+import files
 
 ROOT = Path(__file__).resolve().parent
 
@@ -507,13 +508,13 @@ def main():
         raise configurator.UserError(f"--only={unknown[0]}: one of {', '.join(parts)}")
     from checkpoint import write_atomically
 
-    Path(c.out).parent.mkdir(parents=True, exist_ok=True)
     results = {"config": asdict(c)}
-    for part in chosen:
-        found = measure(rows_of(part), c)
-        results[part] = found
-        print(f"\n{part}", *show(part, found), sep="\n  ", flush=True)
-        write_atomically(Path(c.out), json.dumps(results, indent=1))
+    with files.lock(Path(c.out)):  # also an error now, not after half an hour, if it cannot be written
+        for part in chosen:
+            found = measure(rows_of(part), c)
+            results[part] = found
+            print(f"\n{part}", *show(part, found), sep="\n  ", flush=True)
+            write_atomically(Path(c.out), json.dumps(results, indent=1))
     print(f"\n{c.out}")
 
 

@@ -33,14 +33,32 @@ ANOTHER = "use another checkpoint of this run (--run=.../step_...)"
 RELEASES = Path(__file__).resolve().parent / "release"  # trained models in this repository
 
 
+@contextlib.contextmanager
+def writing(path):
+    """An error of the disk in this block is an OSError that names `path`, safetensors' own error included."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = re.search(r"os error (\d+)", str(error))  # in a SafetensorError
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 def write_atomically(path, text):
-    """Replace the file at `path` by `text`: a reader sees the old or the new one, never half."""
+    """Replace the file at `path` by `text`: a reader sees the old or the new one, never half. OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def flush(path):
@@ -56,30 +74,23 @@ def flush(path):
 def whole_folder(final):
     """Yield a temporary folder that becomes `final` when all of it is written and flushed, or not at all.
 
-    OSError for a disk that does not take it, also in place of safetensors' own error.
+    OSError that names `final` if the disk does not take it, also in place of safetensors' own error.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors' are private, whatever the umask
-            flush(file)
-        flush(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
-        os.rename(temporary, final)
-        flush(final.parent)
-    except SafetensorError as error:
-        raise os_error(error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def os_error(error):
-    """The OSError, a full disk above all, behind an error of safetensors."""
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
+    with writing(final):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors' are private, whatever the umask
+                flush(file)
+            flush(temporary)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
+            os.rename(temporary, final)
+            flush(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save(run, step, model, optimizer, state, keep, best):

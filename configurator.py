@@ -9,11 +9,14 @@ with the comment that trails it.
 """
 
 import ast
+import errno
 import inspect
 import math
 import os
+import re
 import sys
 import textwrap
+import traceback
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from decimal import Decimal
@@ -282,18 +285,59 @@ def options(cls):
     return rows
 
 
+REMEDIES = {  # what to do about an error of the operating system
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space, or write elsewhere",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or name another place",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY): "name another place",
+}
+NO_MEMORY = r"allocate memory|not enough memory|bad_alloc"  # a RuntimeError of torch says one of these
+
+
+def explain(error):
+    """One line (where, what, what to do) for an error that the machine made, None for any other.
+
+    Such are an OSError and memory that ran out.
+    """
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"  # torch's, on a GPU
+        or (isinstance(error, RuntimeError) and re.search(NO_MEMORY, text))
+    ):
+        return f"out of memory: {text or kind}: take smaller batches or a smaller model"
+    if not isinstance(error, OSError):
+        return None
+    where = error.filename2 or error.filename
+    if where is None:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}:{last.lineno}"
+    what = os.strerror(error.errno) if error.errno else text or kind
+    remedy = next((remedy for numbers, remedy in REMEDIES.items() if error.errno in numbers), "try again")
+    return f"{where}: {what}: {remedy}"
+
+
 def run(main):
-    """Call `main()` as a script's last line: a UserError becomes one line on stderr and exit status 2."""
+    """Call `main()` as a script's last line.
+
+    A mistake of the user's or an error of the machine's is one line on stderr and exit status 2; a bug of the
+    program keeps its traceback. Characters that stdout cannot encode are written as \\u2019.
+    """
+    with suppress(AttributeError):  # a stream of somebody's own
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does from the start
     try:
         main()
         sys.stdout.flush()  # here, not at interpreter exit, so that a closed pipe is caught below
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")  # set by torchrun
-        print(f"[rank {rank}] error: {error}" if rank != "0" else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # `sample.py | head` is no error. The interpreter flushes stdout again as it exits: let that succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception as error:
+        line = error if isinstance(error, UserError) else explain(error)
+        if line is None:
+            raise
+        rank = os.environ.get("RANK", "0")  # set by torchrun
+        print(f"[rank {rank}] error: {line}" if rank != "0" else f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -52,6 +52,10 @@ class ExportConfig:
             raise ValueError("--to is missing: name the folder to write, for example --to=out/hf-nano")
         if self.from_ is not None and (self.run is not None or self.factor is not None):
             raise ValueError("--from brings a model here, --run and --factor take one from here: give one")
+        if (self.from_ or self.factor) is not None and (self.form, self.dtype) != ("llama", "fp32"):
+            raise ValueError(
+                "--form and --dtype are for what goes out: --from and --factor make runs, in fp32"
+            )
         configurator.check(self, "sequences >= 1", configurator.SEED)
 
 
@@ -59,7 +63,8 @@ def is_export(folder):
     """Whether `folder` is a Hugging Face folder or a release that this script wrote."""
     for file, key in (("config.json", "reflow"), ("state.json", "release")):
         with contextlib.suppress(OSError, ValueError):
-            if key in json.loads((folder / file).read_text(encoding="utf-8")):
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            if isinstance(found, dict) and key in found:
                 return True
     return False
 
@@ -133,27 +138,19 @@ def main():
     makes_run = c.from_ is not None or c.factor is not None
     if to.exists() and (makes_run or not is_export(to)):
         raise UserError(f"--to={to} is there already; only an export replaces an export: give another folder")
-    with files.lock(to):
-        write(c, to)
-    print(f"wrote {to}")
-
-
-def write(c, to):
-    """What the settings ask for, into the folder `to`. UserError, also for a disk that does not take it."""
-    try:
-        if c.from_ is not None:
+    ckpt = checkpoint.open_run(c.run) if c.from_ is None else None
+    with files.lock(to):  # also an error now, not after the work, if it cannot be written
+        if ckpt is None:
             import_model(Path(c.from_), to, c.dataset, c.sequences)
         elif c.factor is not None:
-            ckpt = checkpoint.open_run(c.run)
             net = factor(ckpt.load_model(), c.factor, c.seed)
             config = ckpt.state["config"] | {"model": asdict(net.config)}
             save_run(to, ckpt.step, net, ckpt.state | {"config": config})
         elif c.form == "llama":
-            write_llama(checkpoint.open_run(c.run), to, c.dtype)
+            write_llama(ckpt, to, c.dtype)
         else:
-            write_release(checkpoint.open_run(c.run), to, c.dtype)
-    except OSError as error:
-        raise UserError(f"--to={to}: {error.strerror or error}") from None
+            write_release(ckpt, to, c.dtype)
+    print(f"wrote {to}")
 
 
 if __name__ == "__main__":

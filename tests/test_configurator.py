@@ -329,9 +329,7 @@ class ScriptConfig:
 
 def main():
     (config,) = configurator.parse(ScriptConfig)
-    if config.steps == 3:
-        raise KeyboardInterrupt
-    print("steps", config.steps)
+    exec(config.plain if config.plain != "a#b" else 'print("steps", config.steps)')
 
 
 if __name__ == "__main__":
@@ -382,12 +380,64 @@ def test_exit_status_and_one_line(script):
     assert process.returncode == 2
     assert process.stderr == "error: command line: unknown key step: did you mean steps?\n"
     assert script("--step=2", RANK="1").stderr.startswith("[rank 1] error: ")
-    process = script("--steps=3")  # as if interrupted
-    assert (process.returncode, process.stderr) == (130, "")
+    process = script("--plain=raise KeyboardInterrupt")
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
 
 
-def test_a_closed_pipe_is_quiet(script):
+@pytest.mark.parametrize("python", ["print('a' * 9)", "for i in range(10**5): print(i)"])
+def test_a_closed_pipe_is_quiet(script, python):
+    """Whether the pipe is noticed at the end or in the middle."""
     read, write = os.pipe()
     os.close(read)
-    assert script("--steps=2", stdout=write).stderr == ""
+    process = script(f"--plain={python}", stdout=write)
     os.close(write)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+MACHINE = {
+    "open('no/such')": "no/such: No such file or directory: name another place",
+    "import os; os.mkdir('script.py/x')": "script.py/x: Not a directory: name another place",
+    "import os; raise PermissionError(13, 'x', 'a', None, 'b')": (
+        "b: Permission denied: change its permissions, or name another place"
+    ),
+    "f = open('/dev/full', 'w'); f.write('a'); f.flush()": (
+        "<string>:1: No space left on device: free some space, or write elsewhere"
+    ),
+    "raise OSError('two\\nlines')": "<string>:1: two lines: try again",
+    "raise MemoryError('of 8 GiB')": "out of memory: of 8 GiB: take smaller batches or a smaller model",
+}
+
+
+@pytest.mark.parametrize("python", MACHINE)
+def test_an_error_of_the_machine_is_one_line(script, python, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "/dev/full" in python and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    process = script(f"--plain={python}")
+    assert (process.returncode, process.stderr) == (2, f"error: {MACHINE[python]}\n")
+
+
+def test_torch_has_errors_of_its_own_for_memory():
+    import torch
+
+    with pytest.raises(RuntimeError) as memory:
+        torch.empty(10**15)
+    line = configurator.explain(memory.value)
+    assert line.startswith("out of memory: ") and line.endswith("smaller model") and "\n" not in line
+    cuda = torch.OutOfMemoryError("CUDA out of memory")
+    assert configurator.explain(cuda).startswith("out of memory: CUDA")
+
+
+@pytest.mark.parametrize("error", ["ValueError", "RuntimeError", "KeyError", "AssertionError"])
+def test_a_bug_keeps_its_traceback(script, error):
+    process = script(f"--plain=raise {error}('planted')")
+    assert process.returncode == 1 and "Traceback" in process.stderr and "planted" in process.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_stdout_cannot_encode_is_escaped(script, encoding):
+    """The line comes out, and so does what is after it; likewise in the line of an error."""
+    text = "print('a \u2500 b'); print('end'); raise configurator.UserError('\u2500')"
+    process = script(f"--plain={text}", PYTHONIOENCODING=encoding)
+    assert process.stdout == "a \\u2500 b\nend\n"
+    assert (process.returncode, process.stderr) == (2, "error: \\u2500\n")

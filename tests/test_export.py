@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import export
 import sample
 import train
@@ -53,6 +54,9 @@ def test_only_an_export_is_replaced(tmp_path, monkeypatch):
         (["--to=x", "--from=nowhere"], "nowhere"),
         (["--to=x", "--from="], "takes a Hugging Face folder"),
         (["--to=x", "--dtype=int8"], "dtype=int8"),
+        (["--to=x", "--from=y", "--dtype=bf16"], "--form and --dtype are for what goes out"),
+        (["--to=x", "--factor=pca", "--form=reflow"], "--form and --dtype are for what goes out"),
+        (["--to=."], "--to=. is there already; .* give another folder"),
     ],
 )
 def test_mistakes_are_one_line(arguments, match, tmp_path, monkeypatch, corpus):
@@ -60,6 +64,62 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, monkeypatch, corpus):
     with pytest.raises(UserError, match=match) as error:
         go(*arguments, f"--dataset={corpus}")
     assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    """Whatever its JSON holds: a list, a number, a model of somebody else's."""
+    run = save(random_model("factored"), tmp_path / "run")
+    for i, content in enumerate(("[]", "3", "{", '{"model_type": "llama"}', '"reflow"')):
+        other = tmp_path / f"other{i}"
+        other.mkdir()
+        (other / "config.json").write_text(content)
+        with pytest.raises(UserError, match=f"--to={other} is there already"):
+            go(f"--run={run}", f"--to={other}")
+        assert [p.name for p in other.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("form", ["llama", "reflow"])
+def test_a_place_that_cannot_be_written_is_an_error_before_the_work(form, tmp_path, monkeypatch):
+    run = save(random_model("factored"), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(checkpoint.Checkpoint, "load_model", None)
+    with pytest.raises(UserError, match="file/hf cannot be written: Not a directory: give another folder"):
+        go(f"--run={run}", f"--to={tmp_path / 'file' / 'hf'}", f"--form={form}")
+
+
+@pytest.mark.parametrize("arguments", [["--form=llama"], ["--form=reflow"], ["--factor=pca"]])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(arguments, tmp_path):
+    """A limit on the size of files stands for it: safetensors has an error of its own."""
+    resource = pytest.importorskip("resource")
+    run, to = save(random_model("dense"), tmp_path / "run"), tmp_path / "to"
+    if "--factor=pca" not in arguments:
+        go(f"--run={run}", f"--to={to}", *arguments)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            go(f"--run={run}", f"--to={to}", *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    where = to / "step_000000" if "--factor=pca" in arguments else to
+    assert (
+        configurator.explain(error.value) == f"{where}: File too large: free some space, or write elsewhere"
+    )
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != to or path in before}
+    assert left == before
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    """Truncated weights, then a state.json that is none."""
+    run = save(random_model("factored"), tmp_path / "run")
+    weights, state = (run / "step_000000" / name for name in ("model.safetensors", "state.json"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for match in ("model.safetensors has .* bytes instead of", "state.json is missing or damaged"):
+        with pytest.raises(UserError, match=match) as error:
+            go(f"--run={run}", f"--to={tmp_path / 'hf'}")
+        assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()
+        state.write_text("[]")
 
 
 def test_a_model_of_another_tokenizer_is_refused(tmp_path, corpus):

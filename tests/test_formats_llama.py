@@ -12,7 +12,7 @@ import checkpoint
 from configurator import UserError
 from data.sotu.prepare import speeches
 from data.tokenizer import END_OF_TEXT, encode, encoding
-from formats.llama import read_llama
+from formats.llama import END, read_llama
 from tests.formats_fixtures import (
     KINDS,
     export_folder,
@@ -226,9 +226,134 @@ def test_a_smaller_vocabulary_is_another_tokenizer(folder, tmp_path, corpus):
 
 
 def test_another_tokenizer_is_named(folder, tmp_path):
+    """Also one of GPT-2's size with two words exchanged, and one that is no JSON at all."""
+    exchanged = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    exchanged["\u0120the"], exchanged["\u0120of"] = exchanged["\u0120of"], exchanged["\u0120the"]
+    copy(folder, tmp_path, "tokenizer.json", "vocab.json")
+    for name, content in (
+        ("tokenizer.json", {"model": {"vocab": {"the": 1}}}),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["the", -1.5]]}}),
+        ("vocab.json", exchanged),
+        ("tokenizer.model", "SentencePiece"),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{name} is not GPT-2's"):
+            read_llama(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def copy(folder, to, *but):
+    """A folder of links to the files of another, all `but` these."""
     for file in folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"the": 1}}}))
-    with pytest.raises(UserError, match="is not GPT-2's"):
+        if file.name not in but:
+            (to / file.name).symlink_to(file)
+
+
+def test_added_tokens_are_refused_by_name(folder, tmp_path, corpus):
+    """As transformers saves them: what a run cannot hold is not lost in silence."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<|user|>"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(50259)
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"adds \[PAD\] \(50257\), <\|user\|> \(50258\) to GPT-2's") as error:
+        go(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}", f"--dataset={corpus}")
+    assert "resize_token_embeddings(50257)" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    model.resize_token_embeddings(50257)  # what the message says
+    model.save_pretrained(tmp_path / "hf")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "hf")
+    go(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}", f"--dataset={corpus}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("added_tokens.json", {"<|user|>": 50257}, r"adds <\|user\|> \(50257\) to"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"50256": {"content": END}}}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"50300": {"content": "x"}}}, r"adds x \(50300\)"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": 3}}, "no list of tokens"),
+        ("tokenizer_config.json", [], "holds no JSON object"),
+        ("added_tokens.json", {f"<{i}>": 50257 + i for i in range(20)}, r"<7> \(50264\) and 12 more"),
+    ],
+)
+def test_every_place_of_added_tokens_is_read(name, content, match, folder, tmp_path, capsys):
+    copy(folder, tmp_path, name)
+    (tmp_path / name).write_text(json.dumps(content))
+    if match is None:
+        read_llama(tmp_path)
+        assert "47 rows after GPT-2's 50,257 tokens are padding" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=match) as error:
+            read_llama(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_other_weights_beside_the_model_are_left_alone(folder, tmp_path):
+    """model.safetensors decides, or its index: not an adapter, another layout or a stray copy."""
+    config, expected = read_llama(folder)
+    copy(folder, tmp_path)
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "copy.safetensors"):
+        save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / name)
+    assert equal(read_llama(tmp_path), (config, expected))
+
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: weights[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(read_llama(tmp_path), (config, expected))
+
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(UserError, match="model-2.safetensors is missing, model.safetensors.index.json names"):
+        read_llama(tmp_path)
+    for damaged in ({"weight_map": [1]}, {}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="index.json has no weight_map"):
+            read_llama(tmp_path)
+
+
+def equal(one, other):
+    """Whether two (ModelConfig, weights) are the same."""
+    return one[0] == other[0] and all(torch.equal(w, other[1][name]) for name, w in one[1].items())
+
+
+def test_an_adapter_alone_is_named(folder, tmp_path):
+    copy(folder, tmp_path, "model.safetensors", "reflow.safetensors")
+    with pytest.raises(UserError, match="holds no model.safetensors: .*as save_pretrained"):
+        read_llama(tmp_path)
+    save_file({"lora_A": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"an adapter without its model: merge .*merge_and_unload\(\)"):
+        read_llama(tmp_path)
+
+
+def test_an_adapter_alone_has_no_config(tmp_path):
+    """As peft saves it."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="an adapter without its model"):
+        read_llama(tmp_path)
+
+
+def test_damaged_files_are_named(folder, tmp_path):
+    copy(folder, tmp_path, "config.json")
+    for content, match in (
+        (None, "config.json: No such file"),
+        ("[1]", "holds no JSON object"),
+        ("{", "config"),
+    ):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=match) as error:
+            read_llama(tmp_path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
         read_llama(tmp_path)
