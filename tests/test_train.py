@@ -676,7 +676,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     command = f"python train.py --out_dir={run} --resume"
-    error = f"error: {run}/step_000008: File too large: {run}/step_000004 is whole; go on from it with: {command}\n"
+    error = f"error: {run}/step_000008: File too large: {run}/step_000004 is whole;"
+    error += f" go on from it with: {command}\n"
     assert stopped.value.code == 2 and capsys.readouterr().err.endswith(error)
     assert not [path.name for path in run.iterdir() if ".tmp" in path.name]
     go(tiny, run, "--resume")
