@@ -105,6 +105,28 @@ class ModelConfig:
 # The vocabulary, and the loss over it
 
 
+CACHED_ROWS = 32  # of the loss on a CPU; 16 to 64 are as fast (LOG.md)
+
+
+def to_gradient(logits, targets, scale, p):
+    """Cross-entropy of logits (n, V), summed, fp32; the logits become its gradient times `scale`, in place.
+
+    No gradient if `scale` is None. `p` (n, V) is a buffer in fp32 (fp64 for fp64). Every pass is in place:
+    fresh pages for a temporary take a CPU longer than the arithmetic.
+    """
+    valid = (targets != IGNORE).unsqueeze(1)  # (n, 1)
+    y = targets.unsqueeze(1).where(valid, 0)  # (n, 1)
+    p.copy_(logits)
+    torch.softmax(p, dim=-1, out=p)
+    # log sum exp, from the largest logit and its probability: exact, and saves a pass
+    lse = logits.amax(1, keepdim=True).to(p) - p.amax(1, keepdim=True).log()  # (n, 1)
+    loss = ((lse - logits.gather(1, y)) * valid).sum()
+    if scale is not None:
+        p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+        logits.copy_(p.mul_(valid * scale))
+    return loss
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits z (N, S) @ codes.T (S, V), never holding more than `chunk` rows of them.
 
@@ -124,27 +146,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if with_grad:
             grad_z = torch.empty_like(z)
             grad_codes = torch.zeros_like(codes, dtype=exact)
-        # Two buffers for all chunks: on a CPU, fresh pages for each would cost a tenth of the time.
+        # Buffers for all chunks: on a CPU, fresh pages for each would cost a tenth of the time. There, the
+        # probabilities of few rows at a time stay in the cache.
         rows = min(chunk, len(z))
-        logits, p = z.new_empty(rows, len(codes)), z.new_empty(rows, len(codes), dtype=exact)
+        logits = z.new_empty(rows, len(codes))
+        p = z.new_empty(min(rows, CACHED_ROWS) if z.device.type == "cpu" else rows, len(codes), dtype=exact)
+        scale = grad_scale / n_valid
         for start in range(0, len(z), chunk):
             z_c, y = z[start : start + chunk], targets[start : start + chunk]
-            logits, p = logits[: len(z_c)], p[: len(z_c)]  # (C, V)
-            valid = (y != IGNORE).unsqueeze(1)  # (C, 1)
-            y = y.unsqueeze(1).where(valid, 0)  # (C, 1)
+            logits = logits[: len(z_c)]  # (C, V)
             torch.mm(z_c, weight.T, out=logits)
-            torch.softmax(logits, dim=-1, dtype=exact, out=p)
-            # log sum exp, from the largest logit and its probability: exact, and saves a pass
-            lse = logits.amax(1, keepdim=True).to(exact) - p.amax(1, keepdim=True).log()
-            loss += ((lse - logits.gather(1, y)) * valid).sum()
+            for few, few_y in zip(logits.split(len(p)), y.split(len(p)), strict=True):
+                loss += to_gradient(few, few_y, scale if with_grad else None, p[: len(few)])
             if with_grad:
-                p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
-                g = torch.mul(p, valid * (grad_scale / n_valid), out=logits)
-                torch.mm(g, weight, out=grad_z[start : start + chunk])
+                torch.mm(logits, weight, out=grad_z[start : start + chunk])
                 if z.dtype == exact:
-                    grad_codes.addmm_(g.T, z_c)
+                    grad_codes.addmm_(logits.T, z_c)
                 else:
-                    grad_codes += g.T @ z_c
+                    grad_codes += logits.T @ z_c
         if with_grad:
             ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
         return loss / n_valid
@@ -329,6 +348,71 @@ class KVCache:
         return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
 
 
+class CausalAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), where a token sees itself and those before it.
+
+    For CPUs, where torch's fused kernel takes up to twice the time (LOG.md): `rows` queries at a time,
+    against the keys that they see. It keeps the probabilities for the backward pass, half of (B, H, T, T).
+    Differentiable once.
+    """
+
+    rows = 128
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        shape = q.shape
+        q, k, v = (t.flatten(0, 1) for t in (q * shape[-1] ** -0.5, k, v))  # (B * H, T, D)
+        y = torch.empty_like(q)
+        n = min(CausalAttention.rows, shape[-2])
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        kept = []
+        for start, stop in row_blocks(shape[-2]):
+            scores = torch.bmm(q[:, start:stop], k[:, :stop].mT)  # (B * H, stop - start, stop)
+            n = stop - start
+            scores[:, :, start:].masked_fill_(future[:n, :n], -math.inf)
+            p = scores.softmax(-1)
+            y[:, start:stop] = torch.bmm(p, v[:, :stop])
+            kept.append(p)
+        ctx.save_for_backward(q, k, v, y, *kept)
+        return y.view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, y, *kept = ctx.saved_tensors
+        shape = grad.shape
+        grad = grad.flatten(0, 1).to(y)  # (B * H, T, D)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        # The softmax's gradient subtracts sum(p * dL/dp) over keys, which is y * dL/dy (Dao et al., 2022).
+        shift = (grad.to(exact) * y).sum(-1, keepdim=True).to(y)  # (B * H, T, 1)
+        grad_q = torch.empty_like(q)
+        grad_k = torch.zeros_like(k, dtype=exact)
+        grad_v = torch.zeros_like(v, dtype=exact)
+        for (start, stop), p in zip(row_blocks(shape[-2]), kept, strict=True):
+            part = grad[:, start:stop]
+            grad_v[:, :stop] += torch.bmm(p.mT, part)
+            grad_scores = torch.baddbmm(shift[:, start:stop], part, v[:, :stop].mT, beta=-1).mul_(p)
+            grad_q[:, start:stop] = torch.bmm(grad_scores, k[:, :stop])
+            grad_k[:, :stop] += torch.bmm(grad_scores.mT, q[:, start:stop])
+        grad_q *= shape[-1] ** -0.5
+        return grad_q.view(shape), grad_k.to(k).view(shape), grad_v.to(v).view(shape)
+
+
+def row_blocks(length):
+    """[(start, stop)] of the blocks of queries of CausalAttention."""
+    starts = range(0, length, CausalAttention.rows)
+    return [(start, min(start + CausalAttention.rows, length)) for start in starts]
+
+
+def causal_attention(q, k, v):
+    """q, k, v (B, H, T, D) -> (B, H, T, D)."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):  # they have its precision already
+            return CausalAttention.apply(q, k, v)
+    # is_causal, not a mask: that would cost (T, T) memory on a T4
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -355,8 +439,7 @@ class Attention(nn.Module):
                 cache.k[layer, :, :, :T], cache.v[layer, :, :, :T] = k, v
             if group > 1:  # enable_gqa would leave the fused kernels on a T4
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            # is_causal, not a mask: that would cost (T, T) memory on a T4
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = causal_attention(q, k, v)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
         return self.o(y)
 
