@@ -22,6 +22,7 @@ Plain modules with plain forward hooks; their names are stable. Beside them Tran
 """
 
 import math
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -180,6 +181,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_z, grad_codes, None, None, None, None
 
 
+FEW_ROWS = 64  # of generation
+
+
+@contextmanager
+def packed(weights, rows):
+    """While open, `linear` reads those of the weights that are bf16 on a CPU in oneDNN's own layout.
+
+    oneDNN rearranges a plain matrix in every product: for `rows` rows that takes two to three times as long
+    as the product itself (LOG.md). The operators are those that torch.compile emits.
+    """
+    done = []
+    try:
+        for weight in weights:
+            fits = weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+            if fits and not hasattr(weight, "packed"):
+                with suppress(
+                    AttributeError, RuntimeError
+                ):  # a torch without oneDNN, or without this operator
+                    weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+                    done.append(weight)
+        yield
+    finally:
+        for weight in done:
+            del weight.packed
+
+
 def linear(x, weight):
     """F.linear, x (..., n) and weight (m, n) -> (..., m), the fast way round for the few rows of generation.
 
@@ -187,8 +214,11 @@ def linear(x, weight):
     single row they take one that reads at half the memory's bandwidth: of a large matrix, four are faster.
     """
     rows, large = x.numel() // x.size(-1), weight.numel() > 2**22
+    packed = getattr(weight, "packed", None)
+    if packed is not None and rows <= FEW_ROWS and x.dtype == weight.dtype:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if plain or rows > 64 or (rows == 1 and not large):
+    if plain or rows > FEW_ROWS or (rows == 1 and not large):
         return F.linear(x, weight)
     few = x.reshape(rows, -1).contiguous()
     few = few if rows > 1 else few.repeat(4, 1)
@@ -540,28 +570,29 @@ class ReFlow(nn.Module):
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
         recipes = self.vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
-        for _ in range(max_new_tokens):
-            fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
-            if use_cache and fresh == starts:
-                idx = torch.tensor([row[-1:] for row in rows], device=device)  # (B, 1)
-                h = self.encode(idx, cache)[:, -1]  # (B, d)
-            else:
-                windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
-                lengths = [len(w) for w in windows]
-                if use_cache:
-                    cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
-                # Padded on the right, where causality hides it.
-                padded = [w + [0] * (max(lengths) - len(w)) for w in windows]
-                h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
-                h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
-            logits = linear(self.vocab.signals(h), recipes).float()  # (B, V)
-            tokens = sample_token(logits[:, : self.config.n_tokens], **how).tolist()
-            for row, token in zip(rows, tokens, strict=True):
-                row.append(token)
-            yield [None if finished else token for token, finished in zip(tokens, done, strict=True)]
-            done = [finished or token == stop for token, finished in zip(tokens, done, strict=True)]
-            if all(done):
-                return
+        with packed([*self.parameters(), recipes], len(rows)):
+            for _ in range(max_new_tokens):
+                fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
+                if use_cache and fresh == starts:
+                    idx = torch.tensor([row[-1:] for row in rows], device=device)  # (B, 1)
+                    h = self.encode(idx, cache)[:, -1]  # (B, d)
+                else:
+                    windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
+                    lengths = [len(w) for w in windows]
+                    if use_cache:
+                        cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
+                    # Padded on the right, where causality hides it.
+                    padded = [w + [0] * (max(lengths) - len(w)) for w in windows]
+                    h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
+                    h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
+                logits = linear(self.vocab.signals(h), recipes).float()  # (B, V)
+                tokens = sample_token(logits[:, : self.config.n_tokens], **how).tolist()
+                for row, token in zip(rows, tokens, strict=True):
+                    row.append(token)
+                yield [None if finished else token for token, finished in zip(tokens, done, strict=True)]
+                done = [finished or token == stop for token, finished in zip(tokens, done, strict=True)]
+                if all(done):
+                    return
 
     def kv_dtype(self):
         device = self.norm.weight.device.type
