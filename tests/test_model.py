@@ -13,7 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import UserError
 from hardware import flops_per_token, parameter_table, pick_device, pick_dtype
-from model import IGNORE, N_TOKENS, DenseVocab, ModelConfig, ReFlow, linear, rope_table, sample_token
+from model import (
+    IGNORE,
+    N_TOKENS,
+    CausalAttention,
+    DenseVocab,
+    ModelConfig,
+    ReFlow,
+    linear,
+    packed,
+    rope_table,
+    sample_token,
+)
 
 TINY = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_hidden": 24, "vocab_size": 61}
 KINDS = {
@@ -419,6 +430,32 @@ def test_logits_equal_an_independent_implementation(vocab, n_kv_head):
     torch.testing.assert_close(model(idx)[0], expected, rtol=0, atol=1e-8)
 
 
+def attention_and_gradients(f, q, k, v, upstream):
+    """[output, gradients of q, k and v] of an attention f(q, k, v)."""
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    y = f(q, k, v)
+    y.backward(upstream.to(y))
+    return [y.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 300])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_attention_in_blocks_equals_the_whole_in_fp64(length, dtype, tolerance):
+    """Forward and backward, for lengths that fill the blocks of queries and lengths that do not."""
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 3, length, 8).to(dtype) for _ in range(4))
+
+    def whole(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    exact = attention_and_gradients(whole, *(t.double() for t in (q, k, v, upstream)))
+    for found, expected in zip(
+        attention_and_gradients(CausalAttention.apply, q, k, v, upstream), exact, strict=True
+    ):
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() <= tolerance * (expected.norm() + 0.1 * upstream.norm())
+
+
 @each_kind
 def test_a_token_never_sees_later_ones(kind):
     """Changing token 5 changes the logits from there on and none before."""
@@ -728,3 +765,28 @@ def test_every_vocabulary_computes_its_loss_in_the_precision_asked_for(vocab, dt
         net(idx[:, :-1], idx[:, 1:])[1].backward()
     assert len(seen) == 2 and set(seen) == {(dtype, dtype)}
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65])
+def test_packed_weights_give_the_plain_product(rows):
+    """Packing is undone at the end, also after an error."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 32).bfloat16(), torch.randn(48, 32).bfloat16()
+    with pytest.raises(ZeroDivisionError), packed([weight, weight], rows):
+        product = linear(x, weight)
+        _ = 1 / 0
+    exact = x.double() @ weight.double().T
+    assert (product.double() - exact).norm() < 5e-3 * exact.norm()
+    assert not hasattr(weight, "packed")
+
+
+def test_generation_leaves_no_packed_weights():
+    """Weights may change after it: a stream that is given up half way holds none either."""
+    model = build(**KINDS["factored"]).bfloat16()
+    before = model.generate([[1, 2]], 4, temperature=0)
+    next(model.stream([[1, 2]], 4, temperature=0))
+    assert not any(hasattr(p, "packed") for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-1.5)
+    assert model.generate([[1, 2]], 4, temperature=0) != before
