@@ -14,6 +14,7 @@ else meanwhile.
 
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +30,8 @@ import configurator
 import files
 
 ROOT = Path(__file__).resolve().parent
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
+SHIPPED = ", as shipped"  # ending of rows that run as their users run them, without our settings
 
 
 @dataclass
@@ -70,17 +73,37 @@ def peak_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def setup(c):
-    """(ModelConfig of --config, device, dtype); one thread a core, freed memory kept, as train.py does."""
+def setup(c, stock=False):
+    """(ModelConfig of --config, device, dtype). Freed memory is kept, as in train.py, unless `stock`."""
     from hardware import keep_freed_memory, pick_device, pick_dtype
     from model import ModelConfig
     from train import TrainConfig
 
     m, _ = configurator.parse(ModelConfig, TrainConfig, argv=[c.config])
     device = pick_device(c.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not stock:
         keep_freed_memory()
     return m, device, pick_dtype(device, c.dtype)
+
+
+def machine_row(c, _):
+    """What the numbers belong to: processor or card, instructions, precision, threads, versions."""
+    import torch
+
+    from checkpoint import versions
+
+    _, device, dtype = setup(c)
+    has = torch.cpu.get_capabilities()
+    name = has.get("cpu_name") or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": f"{device.type} ({name})",
+        "instructions": [key for key in INSTRUCTIONS if has.get(key)],
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -91,31 +114,21 @@ def train_row(c, kind):
     """Tokens a second of whole training steps (forward, backward, clipping, AdamW) and the peak memory."""
     import torch
 
-    from model import N_TOKENS, ReFlow
-    from train import TrainConfig, make_optimizer
+    from model import N_TOKENS
 
-    m, device, dtype = setup(c)
+    m, device, dtype = setup(c, stock=kind.endswith(SHIPPED))
     m = replace(m, block_size=max(m.block_size, c.length))
-    if kind == "dense":
-        m = replace(m, vocab="dense", n_signal=None)
+    name = kind.removesuffix(SHIPPED)
+    if name.endswith(" fp32"):
+        dtype = torch.float32
     torch.manual_seed(0)
-    net = llama(m) if kind == "llama" else ReFlow(m)
-    net.to(device).train()
-    if kind == "E built each step":
-        build_each_step(net)
-    if kind == "full logits":
-        net.vocab.chunk = c.batch_size * c.length
-        net.vocab.loss = lambda h, y, scale: torch.nn.functional.cross_entropy(net.vocab.logits(h).float(), y)
-    optimizer = make_optimizer(net, TrainConfig(out_dir=""), device)
+    net, loss_of, optimizer = contender(name.removesuffix(" fp32"), m, c, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     x = torch.randint(N_TOKENS, (c.batch_size, c.length + 1), device=device)
 
     def step():
         with autocast:
-            if kind == "llama":
-                loss = net(input_ids=x[:, :-1], labels=x[:, :-1]).loss
-            else:
-                loss = net(x[:, :-1], x[:, 1:])[1]
+            loss = loss_of(x[:, :-1], x[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -124,6 +137,76 @@ def train_row(c, kind):
 
     seconds = timed(step, c.seconds)
     return {"tokens_per_s": c.batch_size * c.length / seconds, "peak_gib": peak_gib()}
+
+
+def contender(kind, m, c, device):
+    """(model, loss(x, y), optimiser) of a training row."""
+    import torch
+
+    from model import ReFlow
+    from train import TrainConfig, make_optimizer
+
+    if kind == "gpt-2 block":
+        net = gpt2(m).to(device).train()
+        return net, net, torch.optim.AdamW(net.parameters(), lr=6e-4, betas=(0.9, 0.95))
+    if kind == "llama":
+        net = llama(m).to(device).train()
+
+        def loss_of(x, y):
+            return net(input_ids=x, labels=x).loss
+
+        return net, loss_of, make_optimizer(net, TrainConfig(out_dir=""), device)
+    if kind == "dense":
+        m = replace(m, vocab="dense", n_signal=None)
+    net = ReFlow(m).to(device).train()
+    if kind == "E built each step":
+        build_each_step(net)
+    if kind == "full logits":
+        net.vocab.chunk = c.batch_size * c.length
+        net.vocab.loss = lambda h, y, scale: torch.nn.functional.cross_entropy(net.vocab.logits(h).float(), y)
+    return net, lambda x, y: net(x, y)[1], make_optimizer(net, TrainConfig(out_dir=""), device)
+
+
+def gpt2(m):
+    """GPT-2's block at this width and depth, as a plain training loop has it; forward(x, y) is the loss.
+
+    Learned positions, LayerNorm, fused attention, a GELU layer of four widths, biases, tied full logits
+    (Radford et al., 2019).
+    """
+    import torch.nn.functional as F
+    from torch import arange, nn
+
+    d, n_head = m.n_embd, m.n_head
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+            self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+            self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+        def forward(self, x):
+            heads = [
+                t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(d, 2)
+            ]
+            y = F.scaled_dot_product_attention(*heads, is_causal=True)  # (B, H, T, D)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    class GPT2(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(m.vocab_size, d), nn.Embedding(m.block_size, d)
+            self.blocks = nn.Sequential(*(Block() for _ in range(m.n_layer)))
+            self.norm = nn.LayerNorm(d)
+            nn.init.normal_(self.tokens.weight, std=0.02)
+
+        def forward(self, x, y):
+            h = self.tokens(x) + self.places(arange(x.size(1), device=x.device))
+            logits = F.linear(self.norm(self.blocks(h)), self.tokens.weight)  # (B, T, V)
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    return GPT2()
 
 
 def build_each_step(net):
@@ -375,6 +458,7 @@ def experiments_row(c, kind):
 # The parts and their tables
 
 MEASURES = {
+    "machine": machine_row,
     "train": train_row,
     "peak": peak_row,
     "loss": loss_row,
@@ -397,12 +481,13 @@ def rows_of(part):
             "train: E built each step",
             "train: full logits",
         ]
-        + ["train: llama"] * with_llama,
+        + ["train: llama", f"train: llama{SHIPPED}"] * with_llama
+        + [f"train: gpt-2 block{SHIPPED}", f"train: gpt-2 block fp32{SHIPPED}"],
         "memory": [
             f"loss: {n}, {c}" for n, c in ((1024, 256), (1024, 1024), (4096, 256), (4096, 1024), (4096, 4096))
         ],
         "sample": ["bandwidth: ", "sample: cached 1", "sample: cached 16", "sample: uncached 1"]
-        + ["sample: llama 1"] * with_llama,
+        + ["sample: llama 1", "sample: llama 16"] * with_llama,
         "start": ["start: sample.py", "start: train.py", "start: load"],
         "data": ["data: tiktoken", "data: prepare", "data: loader"],
         "experiments": ["experiments: closed form", "experiments: brute force"],
@@ -448,7 +533,7 @@ def show(part, found):
                 tokens = found["peak: "]["tokens"][0]
                 share, name = median(rates) * step / tokens / limit, row.split(": ")[1]
                 lines.append(
-                    f"{name:18} {spread(rates, '{:,.0f}'):26} tokens/s  x{median(ratios):<5.2f} "
+                    f"{name:32} {spread(rates, '{:,.0f}'):26} tokens/s  x{median(ratios):<5.2f} "
                     f"{share:>4.0%} of the limit  {median(numbers['peak_gib']):.2f} GiB"
                 )
     elif part == "memory":
@@ -496,10 +581,19 @@ def show(part, found):
     return lines
 
 
+def describe(machine):
+    """What the numbers belong to, a line."""
+    instructions = " ".join(machine["instructions"]) or "none of " + " ".join(INSTRUCTIONS)
+    where = f"{machine['dtype']} on {machine['device']}, {instructions}, {machine['threads']} threads"
+    return f"{where}; torch {machine['versions']['torch']}"
+
+
 def main():
     (c,) = configurator.parse(BenchConfig)
     if c.row:
         kind, _, argument = c.row.partition(": ")
+        if not argument.endswith(SHIPPED):
+            import threads
         print(json.dumps(MEASURES[kind](c, argument)))
         return
     parts = ("train", "memory", "sample", "start", "data", "experiments")
@@ -508,8 +602,10 @@ def main():
         raise configurator.UserError(f"--only={unknown[0]}: one of {', '.join(parts)}")
     from checkpoint import write_atomically
 
-    results = {"config": asdict(c)}
     with files.lock(Path(c.out)):  # also an error now, not after half an hour, if it cannot be written
+        machine = measure(["machine: "], replace(c, rounds=1))["machine: "]
+        results = {"config": asdict(c), "machine": {key: values[0] for key, values in machine.items()}}
+        print(describe(results["machine"]))
         for part in chosen:
             found = measure(rows_of(part), c)
             results[part] = found

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from html import escape
 
+import threads
 import torch
 
 import attribution

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import threads
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import os
 from dataclasses import dataclass
 
+import threads
 import torch
 
 import checkpoint

@@ -18,6 +18,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import threads
 import torch
 
 import checkpoint

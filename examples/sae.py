@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataclasses import dataclass
 
+import threads
 import torch
 from torch import nn
 

@@ -20,6 +20,8 @@ from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import threads
+
 import checkpoint
 import configurator
 from checkpoint import write_atomically

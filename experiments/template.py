@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import threads
 import torch
 
 from experiments.lab import Lab, Report, Scores, run_experiment

@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import threads
+
 import checkpoint
 import configurator
 from configurator import UserError
