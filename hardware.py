@@ -103,6 +103,19 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+ONE_THREAD = 2**25  # bytes of weights up to which one thread generates as fast as two (LOG.md)
+
+
+def pick_threads(model):
+    """Let one thread compute where threads would mostly wait: generation with a small model on a CPU.
+
+    OMP_NUM_THREADS decides where it is set.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if "OMP_NUM_THREADS" not in os.environ and size <= ONE_THREAD:
+        torch.set_num_threads(1)
+
+
 def pick_dtype(device, name="auto"):
     """The precision to compute in on `device`: bf16 where hardware has it, fp16 on older GPUs, else fp32.
 

@@ -32,7 +32,7 @@ import hooks
 import reflow
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, encoding
-from hardware import pick_device, pick_dtype
+from hardware import pick_device, pick_dtype, pick_threads
 
 
 @dataclass
@@ -110,6 +110,8 @@ def main():
     device = pick_device(c.device)
     model, state = checkpoint.load_model(step, device)
     model.to(pick_dtype(device, c.dtype))
+    if device.type == "cpu":
+        pick_threads(model)
 
     tokenizer = encoding()
     prompt = tokenizer.encode(text, allowed_special="all") or [

@@ -362,6 +362,7 @@ def train(m, c, run):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
         loss = torch.zeros((), device=device)
+        scale = scaler.get_scale()  # waits for a GPU, so once a step
         for i, (x, y) in enumerate(zip(*batch, strict=True)):
             last = i == accumulate - 1
             if sharded:
@@ -369,7 +370,7 @@ def train(m, c, run):
             wait = isinstance(model, DistributedDataParallel) and not last
             with model.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
-                    micro_loss = model(x, y, scaler.get_scale() / accumulate)[1] / accumulate
+                    micro_loss = model(x, y, scale / accumulate)[1] / accumulate
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         batch = fetch(step + 1)  # while the device is still at work
@@ -381,7 +382,6 @@ def train(m, c, run):
         if world > 1:
             dist.all_reduce(summary)
         loss, stop, norm = *summary.tolist(), norm.item()
-        scale = scaler.get_scale()
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
             bad = 0

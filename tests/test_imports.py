@@ -5,6 +5,7 @@ Imports go down: every module has a floor, and imports from lower floors or from
 """
 
 import ast
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -27,7 +28,7 @@ FLOORS = (
     ("dictionary", "hooks", "data", "metrics"),
     ("checkpoint",),
     ("hardware", "files"),
-    ("model", "configurator"),
+    ("model", "configurator", "threads"),
 )
 STANDALONE = ("experiments", "examples")  # packages of scripts: none imports another one of them
 LEAVES = ("experiments", "experiments.studies")  # their __init__.py: names, no code; siblings may read them
@@ -183,6 +184,24 @@ def planted(importer, source):
     known = {*read_tree(), "formats.llama", "experiments.emotion_surgery"}
     tree = dict.fromkeys(known, [])
     return tree | {importer: imports(source, importer.rpartition(".")[0], known)}
+
+
+COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "export", "reflow")]
+COMMANDS += sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/studies/*.py")])
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_set_how_threads_wait_before_torch_reads_it(path):
+    """`import threads` comes before every import that may load torch."""
+    source = path.read_text(encoding="utf-8")
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    others = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+    assert "__main__" not in source or others[0] == "threads"
 
 
 if __name__ == "__main__":
