@@ -576,7 +576,7 @@ BAD = {
     "no device cuda:7 here": ["--device=cuda:7"],
     "no device cpu:x here": ["--device=cpu:x"],
     "n_embd=32 must be an even multiple of n_head=3": ["--n_head=3"],
-    "no train shard has block_size": ["--block_size=1024"],
+    "one window takes block_size": ["--block_size=1024"],
     "dtype=int8: expected one of": ["--dtype=int8"],
     "no config file nowhere.py": ["nowhere.py"],
 }
