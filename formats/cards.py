@@ -2,10 +2,15 @@
 The model card: README.md of an exported folder. One template; only the part on how to use the folder differs.
 """
 
+import json
+import math
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 from data.datasets import dataset_of
 
+CORPORA = {"sotu": None, "offline": None, "openwebtext": "Skylion007/openwebtext"}  # of data/: id on the hub
 CARD = """\
 {header}# {title}
 
@@ -14,19 +19,11 @@ A reFlow language model, {vocabulary}: {parameters:,} parameters,
 
 - {origin}
 - Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{rounded}.
+- Licence of the weights: {licence}.
 - A research model: it has no safety training and knows no facts worth relying on.
 
 {usage}
 Written by `python export.py --run={source} --form={form} --dtype={dtype} --to={folder}`.
-"""
-
-HEADER = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [reflow, llama, interpretability]
----
-
 """
 
 LLAMA = """\
@@ -58,7 +55,7 @@ python export.py --run={folder} --to=out/hf-{title}     # for other people's too
 `state.json` holds the configuration; there is no optimiser state. `counts.safetensors`, if there, says how
 often each token was in training (the first 50,000 windows of it). Step 0, the control of many experiments, is
 made again from the seed. Without the training data the experiments take held-out text from the embedded
-corpus and have no baseline, so some numbers and verdicts differ. MIT licence.
+corpus and have no baseline, so some numbers and verdicts differ.
 """
 
 
@@ -71,16 +68,72 @@ def describe_vocabulary(config):
 
 
 def describe_origin(ckpt):
-    """Where a Checkpoint's weights come from; with the licence of the training text, if that text is here."""
+    """Where a Checkpoint's weights come from; with the licence of the training text, if that is known."""
     train = ckpt.train_config
     if "imported_from" in train:
         return f"Imported from `{train['imported_from']}`."
     origin = f"Trained on `{train.get('dataset')}`, {ckpt.step:,} steps."
-    dataset = dataset_of(ckpt.state)
-    licence = dataset.meta.get("licence") if dataset else None
+    licence = text_licence(ckpt)
     if licence:
         origin += f" Licence of its texts, in the words of the dataset's `meta.json`: {licence.rstrip('.')}."
     return origin
+
+
+def text_licence(ckpt):
+    """Licence of a Checkpoint's training text: of that data set, or kept in a release; None if unknown."""
+    dataset = dataset_of(ckpt.state)
+    return dataset.meta.get("licence") if dataset else ckpt.state.get("text_licence")
+
+
+def trained_here(ckpt):
+    """Whether a Checkpoint was trained here, from scratch, on a corpus of data/, all of which are English."""
+    train = ckpt.train_config
+    return train.get("dataset") in CORPORA and not (train.get("imported_from") or train.get("init_from"))
+
+
+def losses(ckpt):
+    """{"loss": nats per token, "bits_per_byte": ...} on held-out text, the whole split's if that is known."""
+    return {
+        "loss": ckpt.state["whole_val_loss"] or ckpt.state["val_loss"],
+        "bits_per_byte": ckpt.state["bits_per_byte"],
+    }
+
+
+def metadata(ckpt, name, form):
+    """What the hub reads at the head of a card, a dict: licence, language, data, measured values, origin."""
+    train = ckpt.train_config
+    dataset = Path(train.get("dataset", "sotu")).name
+    own = trained_here(ckpt)
+    named = {"loss": "Validation loss, nats per token", "bits_per_byte": "Bits per byte"}
+    values = {key: value for key, value in losses(ckpt).items() if math.isfinite(value)}
+    result = {
+        "task": {"type": "text-generation", "name": "Text generation"},
+        "dataset": {"type": CORPORA.get(dataset) or dataset, "name": dataset, "split": "validation"},
+        "metrics": [{"type": key, "name": named[key], "value": round(v, 4)} for key, v in values.items()],
+    }
+    data = {"license": "mit" if own else "unknown"}
+    if own:
+        data["language"] = ["en"]
+        data["datasets"] = [CORPORA[dataset]] if CORPORA[dataset] else None
+    data["base_model"] = base_model(train.get("imported_from") or "")
+    data["library_name"] = "transformers" if form == "llama" else "reflow"
+    data["pipeline_tag"] = "text-generation"
+    data["tags"] = ["reflow", "interpretability"] + ["llama"] * (form == "llama")
+    data["metrics"] = list(values)
+    data["model-index"] = [{"name": name, "results": [result]}]
+    return {key: value for key, value in data.items() if value}
+
+
+def base_model(source):
+    """owner/name of a model that was imported from the hub's cache (.../models--owner--name/...), or None."""
+    found = re.search(r"models--([^/\\]+)--([^/\\]+)", source)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def front_matter(data):
+    """A dict as the YAML at the head of a card. A value is JSON, which YAML contains."""
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items()]
+    return "\n".join(["---", *lines, "---", "", ""])
 
 
 def model_card(ckpt, net, to, form, dtype):
@@ -92,16 +145,21 @@ def model_card(ckpt, net, to, form, dtype):
     usage = RELEASE if form == "reflow" else LLAMA
     if form == "llama" and config.vocab != "dense":
         usage += SIGNALS
+    source = ckpt.path
+    if "release" in ckpt.state and "out_dir" in ckpt.train_config:  # the run that it was made of
+        source = f"{ckpt.train_config['out_dir']}/step_{ckpt.step:06d}"
     names = {"folder": to, "title": to.name, "form": form, "dtype": dtype, "n_tokens": config.n_tokens}
+    measured = losses(ckpt)
     facts = {
-        "header": HEADER if form == "llama" else "",
+        "header": front_matter(metadata(ckpt, to.name, form)),
         "vocabulary": describe_vocabulary(config),
         "parameters": sum(p.numel() for p in net.parameters()),
         "origin": describe_origin(ckpt),
-        "loss": ckpt.state["whole_val_loss"] or ckpt.state["val_loss"],
-        "bits": ckpt.state["bits_per_byte"],
+        "licence": "MIT" if trained_here(ckpt) else "not known here; state it before you share them",
+        "loss": measured["loss"],
+        "bits": measured["bits_per_byte"],
         "rounded": "" if dtype == "fp32" else ", before the weights were rounded",
         "usage": usage.format(**names),
-        "source": ckpt.path,
+        "source": source,
     }
     return CARD.format(**asdict(config) | names | facts)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import checkpoint
 from data.datasets import COUNTS, dataset_of, token_counts
 from formats import DTYPES
-from formats.cards import model_card
+from formats.cards import model_card, text_licence
 
 LOSSES = ("val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
 KEPT = ("step", "config", "data_sha256", "dtype", *LOSSES)  # of state.json
@@ -25,6 +25,7 @@ def write_release(ckpt, to, dtype="fp32"):
         save_file(weights, folder / "model.safetensors")
         write_counts(ckpt, folder)
         state = {key: ckpt.state.get(key) for key in KEPT}
+        state["text_licence"] = text_licence(ckpt)
         state["versions"] = checkpoint.versions()
         state |= checkpoint.fingerprints(folder)
         state["release"] = dtype
