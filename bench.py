@@ -333,6 +333,7 @@ def sample_row(c, kind):
     """Greedy tokens a second: "cached 1" and "llama 1" after a prompt of 16, "uncached 1" at 512 tokens."""
     import torch
 
+    from hardware import pick_threads
     from model import N_TOKENS, ReFlow
 
     m, device, dtype = setup(c)
@@ -348,6 +349,8 @@ def sample_row(c, kind):
             seconds = timed(lambda: net.generate(ids, pad_token_id=0, **settings), 5.0, least=2)
     else:
         net = ReFlow(m).to(device, dtype).eval()
+        if device.type == "cpu":
+            pick_threads(net)  # as sample.py does
         if how == "uncached":
             prompt, new = torch.randint(N_TOKENS, (min(512, m.block_size - 8),)).tolist(), 4
         settings = {"temperature": 0, "use_cache": how == "cached"}

@@ -103,7 +103,7 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-ONE_THREAD = 2**25  # bytes of weights up to which one thread generates as fast as two (LOG.md)
+ONE_THREAD = 2**27  # bytes of weights up to which one thread generates as fast as two (LOG.md)
 
 
 def pick_threads(model):

@@ -38,7 +38,7 @@ def test_what_the_user_set_stays(variable, value, expected):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "environment", "expected"), [(64, None, 1), (64, "2", 2), (2**21, None, 2)]
+    ("vocab_size", "environment", "expected"), [(64, None, 1), (64, "2", 2), (2**23, None, 2)]
 )
 def test_a_small_model_generates_with_one_thread(vocab_size, environment, expected, monkeypatch):
     """Unless it is large or OMP_NUM_THREADS is set."""
