@@ -396,6 +396,7 @@ def start_row(c, kind):
 
 def data_row(c, kind):
     """Preparation against raw tiktoken on the same text, MB/s; a training batch's time in the loader."""
+    from data.datasets import find_dataset
     from data.shards import Dataset
     from data.sotu.prepare import speeches
     from data.tokenizer import encoding
@@ -408,7 +409,7 @@ def data_row(c, kind):
         seconds = timed(lambda: encoding().encode_ordinary_batch(parts, num_threads=os.cpu_count()), 3.0)
         return {"mb_per_s": size / seconds}
     if kind == "loader":
-        dataset = Dataset(ROOT / "data/sotu", "train", c.length)
+        dataset = Dataset(find_dataset("sotu"), "train", c.length)
         steps = iter(range(10**9))
         return {"seconds": timed(lambda: dataset.batch(next(steps), c.batch_size, 0), 1.0)}
     seconds, copies = [], (2, 10)  # the difference of two sizes is free of the start of the process

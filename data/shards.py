@@ -63,6 +63,22 @@ def as_argument(folder):
     return shlex.quote(folder.name if named else str(folder))
 
 
+def how_to_train(folder):
+    """The command that trains on a data set, as it is typed here."""
+    script = shlex.quote(str(shown(DATA.parent / "train.py")))
+    return f"train on it: python {script} --dataset={as_argument(folder)}"
+
+
+@contextlib.contextmanager
+def disk_errors(folder, kept="what is whole stays"):
+    """An OSError, such as a full disk, becomes a UserError: nothing is lost, the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        raise UserError(f"{where}: {why}: {kept}; put that right, and the same command goes on") from None
+
+
 def check_writable(folder):
     """Make `folder`; UserError, before the work, if no file can be written in it."""
     try:
@@ -215,17 +231,9 @@ class Writer:
         with self._disk_errors():
             replace_file(self.folder / "progress.json", json.dumps(progress).encode())
 
-    @contextlib.contextmanager
     def _disk_errors(self):
-        """A full disk is a UserError: the whole shards stay, and the same command goes on after them."""
-        try:
-            yield
-        except OSError as error:
-            n = sum(len(self.closed[split]["shards"]) for split in SPLITS)
-            raise UserError(
-                f"{self.folder}: {error.strerror}: {n} whole shards are kept; put that right, and the same "
-                "command goes on after them"
-            ) from None
+        n = sum(len(self.closed[split]["shards"]) for split in SPLITS)
+        return disk_errors(self.folder, f"{n} whole shards are kept")
 
     def finish(self):
         """Write the last, shorter shards, then meta.json; return that. UserError if a split is empty."""
@@ -315,24 +323,25 @@ class Dataset:
         meta = read_json(self.folder / "meta.json")
         if meta is None:
             raise UserError(f"no dataset at {shown(folder)}: {how_to_get(self.folder)}")
+        if not isinstance(meta, dict):
+            raise UserError(f"{shown(self.folder / 'meta.json')} is damaged: {self.remedy}")
         if (meta.get("version"), meta.get("tokenizer_sha256")) != (VERSION, TOKENIZER_SHA256):
             raise UserError(
                 f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
             )
         self.data_sha256 = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
         self.meta = meta
-        self.tokens = meta["splits"][split]["tokens"]
-        self.bytes = meta["splits"][split]["bytes"]
-
-        self.paths = [self.folder / entry["file"] for entry in meta["splits"][split]["shards"]]
-        self.shards = [
-            self._open(path, e) for path, e in zip(self.paths, meta["splits"][split]["shards"], strict=True)
-        ]
+        try:
+            counts = meta["splits"][split]
+            self.tokens, self.bytes = counts["tokens"], counts["bytes"]
+            entries = [(self.folder / e["file"], e["tokens"], e["sha256"]) for e in counts["shards"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{shown(self.folder / 'meta.json')} is damaged: {self.remedy}") from None
+        self.paths = [path for path, _, _ in entries]
+        self.shards = [self._open(path, n_tokens) for path, n_tokens, _ in entries]
         if verify:
-            for path, shard, entry in zip(
-                self.paths, self.shards, meta["splits"][split]["shards"], strict=True
-            ):
-                self._verify(path, shard, entry["sha256"])
+            for (path, _, sha256), shard in zip(entries, self.shards, strict=True):
+                self._verify(path, shard, sha256)
         # Windows before each shard, and in all: first_window[s] <= window < first_window[s + 1] is in shard
         # s.
         self.first_window = np.cumsum([0] + [max(0, len(shard) - 1) // block_size for shard in self.shards])
@@ -356,16 +365,16 @@ class Dataset:
             f"{self.block_size + 1:,}: {', or '.join(ways)}"
         )
 
-    def _open(self, path, entry):
+    def _open(self, path, n_tokens):
         """Map a shard's tokens, (n,) uint16, after checking what can be checked without reading them."""
         if not path.exists():
             raise UserError(f"{path} is missing: {self.remedy}")
         header = np.fromfile(path, "<i4", HEADER_INTS)
-        expected = {"magic": MAGIC, "version": VERSION, "token count": entry["tokens"]}
+        expected = {"magic": MAGIC, "version": VERSION, "token count": n_tokens}
         for (name, value), found in zip(expected.items(), header.tolist(), strict=False):
             if found != value:
                 raise UserError(f"{path}: {name} is {found}, not {value}: {self.remedy}")
-        size, expected_size = path.stat().st_size, HEADER_BYTES + 2 * entry["tokens"]
+        size, expected_size = path.stat().st_size, HEADER_BYTES + 2 * n_tokens
         if size != expected_size:
             raise UserError(f"{path}: {size} bytes, not {expected_size}: {self.remedy}")
         return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)

@@ -67,6 +67,8 @@ def find(source, out=None):
             f": did you mean {path.parent / n}?" for n in get_close_matches(path.name, beside, n=1)
         )
         raise UserError(f"--source={source}: no such file or folder{where}{near}")
+    if out and any(path.is_dir() and path.resolve() == Path(out).resolve() for path in paths):
+        raise UserError(f"--out={out} is the folder of the source: give another")
     if any(path.is_dir() for path in paths):
         paths = in_folders(source, paths, out)
     for path in paths:
@@ -125,7 +127,8 @@ def fingerprints(paths):
 
 def stamps(paths):
     """Size and time of each file: cheap, to see whether one was written to meanwhile."""
-    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    stats = [path.stat() if path.exists() else None for path in paths]
+    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def documents(paths):
@@ -173,12 +176,12 @@ def not_utf8(path, error):
     return f": {error}"
 
 
-def text_of(path, row, line=None):
+def text_of(row, where):
     """The document of a row; None is a blank one. UserError without a field `text` that holds a string."""
     text = row.get("text", 0) if isinstance(row, dict) else 0
     if not isinstance(text, str | None):
-        where = path if line is None else f"{path}, line {line}"
-        raise UserError(f"{where}: each row needs a field `text` that holds a string")
+        has = f": it has {', '.join(map(repr, list(row)[:5]))}" if isinstance(row, dict) else ""
+        raise UserError(f"{where}: each row needs a field `text` that holds a string{has}")
     return (text or "").encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair
 
 
@@ -187,9 +190,9 @@ def read_parquet(path):
 
     with pq.ParquetFile(path) as file:
         if "text" not in file.schema_arrow.names:
-            text_of(path, {})
+            text_of(dict.fromkeys(file.schema_arrow.names, ""), path)
         for batch in file.iter_batches(batch_size=1000, columns=["text"]):
-            yield from (text_of(path, row) for row in batch.to_pylist())
+            yield from (text_of(row, path) for row in batch.to_pylist())
 
 
 def read_jsonl(path):
@@ -201,7 +204,7 @@ def read_jsonl(path):
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from None
-                yield text_of(path, row, number)
+                yield text_of(row, f"{path}, line {number}")
 
 
 def read_json(path):
@@ -223,8 +226,8 @@ def read_json(path):
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    for row in rows if isinstance(rows, list) else [rows]:
-        yield text_of(path, row)
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        yield text_of(row, f"{path}, row {number}")
 
 
 def read_txt(path):

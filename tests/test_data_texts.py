@@ -108,11 +108,15 @@ def test_separator_across_the_blocks_of_a_large_file(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'\n{"text": "x"}\n\n{"text": \n', "a.jsonl, line 4: not JSON: Expecting value"),
-        ("a.jsonl", b'\n{"text": "x"}\n{"body": "x"}', "a.jsonl, line 3: each row needs a field `text`"),
+        (
+            "a.jsonl",
+            b'\n{"text": "x"}\n{"body": "x"}',
+            "a.jsonl, line 3: each row needs a field `text` that holds a string: it has 'body'",
+        ),
         ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1: each row needs a field `text`"),
         ("a.jsonl", b"[1]", "a.jsonl, line 1: each row needs a field `text`"),
         ("a.json", b'[\n{"text": "x"},\n{"text": x}\n]', "a.json, line 3: not JSON: Expecting value"),
-        ("a.json", b'["x"]', "a.json: each row needs a field `text`"),
+        ("a.json", b'["x"]', "a.json, row 1: each row needs a field `text`"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}', "a.jsonl, line 2: byte 11, 0xe9, is not UTF-8"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xe9"}]', "a.json, line 2: byte 11, 0xe9, is not UTF-8"),
         ("a.txt", b"x\ny\nab\xe9c", "a.txt, line 3: byte 3, 0xe9, is not UTF-8: save the file as UTF-8"),
@@ -174,6 +178,12 @@ def test_a_folder_is_all_its_files(folder, capsys):
     assert found("books", out="books/sub") == whole[:2]  # not what is prepared inside
     assert found("book*") == whole
     assert found("~/books") == [f"{folder}/{path}" for path in whole]
+
+
+def test_the_source_is_no_place_for_its_data_set(folder):
+    assert refused(lambda: texts.find("books", out=folder / "books")) == (
+        f"--out={folder / 'books'} is the folder of the source: give another"
+    )
 
 
 def test_globs_and_names_that_look_like_one(folder):

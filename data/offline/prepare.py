@@ -76,7 +76,17 @@ import configurator
 from configurator import UserError
 from data.offline import sources as texts
 from data.offline.sources import SOURCES
-from data.shards import DATA, Writer, check_writable, locate, read_json, replace_file, shown
+from data.shards import (
+    DATA,
+    Writer,
+    check_writable,
+    disk_errors,
+    how_to_train,
+    locate,
+    read_json,
+    replace_file,
+    shown,
+)
 from data.sotu.prepare import split as sotu_split
 from data.tokenizer import encode
 from files import lock
@@ -296,20 +306,22 @@ def write(cfg, folder, sources):
         shard_tokens=SHARD_TOKENS,
     )
     if writer.finished:
-        print(f"{shown(folder)} is already there")
+        print(f"{shown(folder)} is already there: {how_to_train(folder)}")
         return None
     for tool in ("apt-get", "dpkg-deb") if cfg.debian else ():
         if not shutil.which(tool):
             raise UserError(f"--debian: {tool} is not here: run this on Debian, or leave the flag out")
     check_writable(cache)
-    (cache / ".gitignore").write_text("*\n")
+    with disk_errors(cache):
+        (cache / ".gitignore").write_text("*\n")
 
     corpus, counts, deduplicator = [], {}, Deduplicator()
     bar = tqdm(sources, "sources", unit=" source", disable=None)
     for source in bar:
         bar.set_postfix_str(source.name)
         documents, removed = [], Counter()
-        version, extracted = source_documents(source, cache)
+        with disk_errors(cache):
+            version, extracted = source_documents(source, cache)
         for number, (_, paragraphs) in enumerate(extracted):
             kept = []
             for paragraph in paragraphs:
@@ -343,6 +355,7 @@ def write(cfg, folder, sources):
     writer.meta["sources"] = counts
     meta = writer.finish()
     print_table(meta)
+    print(how_to_train(folder))
     return meta
 
 

