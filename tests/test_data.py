@@ -423,9 +423,9 @@ def test_one_file_gives_both_splits(tmp_path, capsys):
 
 
 def test_few_documents_give_both_splits(tmp_path):
-    """Twenty books, none of them chosen by chance for one in twenty; and every smaller number of them."""
-    books = ["\n\n".join(paragraphs(40, seed)) for seed in range(20)]
-    for n in (1, 2, 3, 10, 20):
+    """Fifty books, none of them chosen by chance for one in twenty, and smaller numbers of them."""
+    books = ["\n\n".join(paragraphs(20, seed)) for seed in range(50)]
+    for n in (1, 2, 3, 10, 20, 50):
         source = tmp_path / f"{n}books"
         source.mkdir()
         for i, book in enumerate(books[:n]):
