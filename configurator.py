@@ -11,11 +11,13 @@ with the comment that trails it.
 import ast
 import errno
 import inspect
+import json
 import math
 import os
 import re
 import sys
 import textwrap
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -340,4 +342,7 @@ def run(main):
             raise
         rank = os.environ.get("RANK", "0")  # set by torchrun
         print(f"[rank {rank}] error: {line}" if rank != "0" else f"error: {line}", file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends its own long report with it
+            reason = {"message": f"error: {line}", "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": reason}), encoding="utf-8")
         sys.exit(2)

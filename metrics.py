@@ -11,7 +11,7 @@ import checkpoint
 from configurator import UserError
 
 REMEDY = {
-    "wandb": "log in with `wandb login`, or set WANDB_MODE=offline",
+    "wandb": "`wandb login` logs in, WANDB_MODE=offline does without",
     "trackio": "it writes to ~/.cache/huggingface/trackio, or to the folder in TRACKIO_DIR",
     "tensorboard": "its files go to the run's folder",
 }
@@ -67,4 +67,8 @@ def connect(logger, run, config, start, id):
     # trackio knows a run by its name, wandb by its id.
     names = {"name": run.name, "id": id, "dir": run} if logger == "wandb" else {"name": f"{run.name}-{id}"}
     tracker.init(project="reflow", config=config, resume="allow", **names)
-    return lambda row: tracker.log(row, step=row["step"]), tracker.finish
+
+    def send(row):
+        tracker.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    return send, tracker.finish

@@ -84,3 +84,10 @@ def test_help_imports_neither_torch_nor_the_experiments():
     code = "import sys, bench; print([m for m in ('torch', 'experiments', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=bench.ROOT)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("argument", ["--rounds=0", "--seconds=-1", "--batch_size=1e12", "--length=0"])
+def test_sizes_that_cannot_be_measured_are_refused(argument, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", argument])
+    with pytest.raises(UserError, match="must satisfy"):
+        bench.main()

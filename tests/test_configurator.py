@@ -1,5 +1,6 @@
 """Config files and `--key=value`: what wins, what a value may look like, and what a mistake prints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -382,6 +383,14 @@ def test_exit_status_and_one_line(script):
     assert script("--step=2", RANK="1").stderr.startswith("[rank 1] error: ")
     process = script("--plain=raise KeyboardInterrupt")
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
+
+
+def test_torchrun_is_told_the_line(script, tmp_path):
+    """It ends its own report with the line, in place of a link to its manual."""
+    script("--step=2", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == "error: command line: unknown key step: did you mean steps?"
+    assert told["extraInfo"]["timestamp"].isdecimal()
 
 
 @pytest.mark.parametrize("python", ["print('a' * 9)", "for i in range(10**5): print(i)"])

@@ -11,6 +11,7 @@ import torch
 import checkpoint
 import configurator
 import export
+import files
 import sample
 import train
 from configurator import UserError
@@ -39,6 +40,8 @@ def test_only_an_export_is_replaced(tmp_path, monkeypatch):
         go(f"--run={run}", f"--to={to}")
     assert (to / "README.md").read_text() == after
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
+    with files.lock(to), pytest.raises(UserError, match="hf is in use by process .* since"):
+        go(f"--run={run}", f"--to={to}")
     with pytest.raises(UserError, match="only an export replaces an export: give another folder"):
         go(f"--run={run}", f"--to={run}")
     with pytest.raises(UserError, match="give another folder"):

@@ -1,6 +1,7 @@
 """A report: what an experiment found is written whole, printed, shown; scripts tell what they do."""
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def test_a_result_is_written_whole(lab, capsys):
     assert [(claim.key, claim.verdict) for claim in result.claims] == [("key", "supported")]
     assert rows_of(report)[-1] == {"metric": "metric", "value": "1.5", "layer": "2"}
     assert (report.folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(lab.results.glob(".*"))
+
+
+def test_two_at_once_do_not_spoil_each_other(lab):
+    """Both save; the result is whole at the end, one of theirs."""
+    reports = [make_report(lab) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda report: [report.save() for _ in range(20)], reports))
+    assert len(read_result(reports[0].folder / "result.json").claims) == 1
     assert not list(lab.results.glob(".*"))
 
 

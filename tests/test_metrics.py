@@ -70,7 +70,7 @@ def test_wandb_without_login(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", tracker(init=init))
     with pytest.raises(UserError) as error:
         Metrics(run, "wandb", {}, 0, "a")
-    remedy = "log in with `wandb login`, or set WANDB_MODE=offline"
+    remedy = "`wandb login` logs in, WANDB_MODE=offline does without"
     said = "No API key configured. Use `wandb login` to log in"
     assert str(error.value) == f"--logger=wandb: {said}: {remedy}"
 

@@ -792,7 +792,8 @@ def test_loggers(tiny, tmp_path, monkeypatch, logger, module):
         add_scalar=lambda key, value, step: sent.setdefault(step, {}).update({key: value}),
         close=lambda: ends.append(1),
     )
-    wandb = {"init": lambda **kwargs: None, "log": lambda row, step: sent.setdefault(step, {}).update(row)}
+    wandb = {"init": lambda **kwargs: None}
+    wandb["log"] = lambda row, step: sent.setdefault(step, {}).update(row, step=step)
     wandb["finish"] = board.close
     fake = SimpleNamespace(SummaryWriter=lambda *args, **kwargs: board, **wandb)
     monkeypatch.setitem(sys.modules, module, fake)
