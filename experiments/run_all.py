@@ -101,10 +101,13 @@ def run_many(config, names, again):
     for name in tqdm(names, unit="experiment", disable=not sys.stderr.isatty()):
         try:
             run_one(lab, name, again)
+        except BrokenPipeError:  # run_all.py | head: nobody reads on
+            raise
         except Exception as error:
-            if not isinstance(error, UserError):
+            line = error if isinstance(error, UserError) else configurator.explain(error)
+            if line is None:
                 traceback.print_exc()
-            print(f"{name} failed: {error}", file=sys.stderr)
+            print(f"{name} failed: {line or error}", file=sys.stderr)
             failed.append(name)
     return failed
 

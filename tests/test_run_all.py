@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from configurator import UserError
 from experiments import ablate_signal, run_all, signal_lens
 from experiments.lab import Report
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
+
+ROOT = Path(run_all.__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -88,6 +92,58 @@ def test_a_failure_is_shown_and_stops_nothing(run, monkeypatch, capsys):
     assert "RuntimeError: planted" in printed.err and "failed: signal_lens" in printed.err
     assert "1 of 2 experiments" in printed.out
     assert (run / "experiments" / "ablate_signal" / "result.json").exists()
+
+
+def test_a_full_disk_is_one_line(run, monkeypatch, capsys):
+    """As in any other command; the next experiment is tried all the same."""
+
+    def full(lab):
+        raise OSError(28, "No space left on device", "result.json")
+
+    monkeypatch.setattr(signal_lens, "run", full)
+    monkeypatch.setattr(ablate_signal, "run", empty)
+    with pytest.raises(SystemExit):
+        start(monkeypatch, f"--run={run}", "--only=signal_lens,ablate_signal", "--device=cpu")
+    printed = capsys.readouterr()
+    line = "signal_lens failed: result.json: No space left on device: free some space, or write elsewhere"
+    assert line in printed.err and "Traceback" not in printed.err and "1 of 2" in printed.out
+
+
+def test_nobody_reads_on(run, monkeypatch):
+    """`run_all.py | head`: the experiment is saved, none is called failed."""
+    monkeypatch.setattr(ablate_signal, "run", empty)
+
+    def table(result):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("experiments.lab.report.table", table)
+    with pytest.raises(BrokenPipeError):
+        start(monkeypatch, f"--run={run}", "--only=ablate_signal", "--device=cpu")
+    assert (run / "experiments" / "ablate_signal" / "result.json").exists()
+
+
+ODD = """
+import sys
+sys.argv = ["run_all.py", "--run=" + sys.argv[1], "--only=ablate_signal", "--device=cpu"]
+import configurator
+from experiments import ablate_signal, run_all
+from experiments.lab import Report
+
+def odd(lab):
+    report = Report(lab, "ablate_signal", {})
+    report.gallery = "a \u2500 b"
+    return report
+
+ablate_signal.run = odd
+configurator.run(run_all.main)
+"""
+
+
+def test_a_gallery_that_stdout_cannot_encode_fails_nothing(run):
+    env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ODD, run], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a \\u2500 b" in done.stdout and "1 of 1 experiments" in done.stdout
 
 
 def test_several_runs_one_after_the_other(run, tmp_path, monkeypatch, capsys):
