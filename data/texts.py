@@ -59,7 +59,7 @@ def find(source, out=None):
     path = Path(source).expanduser()
     paths = [path]
     if not path.exists():  # else it is no pattern: names may hold square brackets
-        paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        paths = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.exists())
     if not paths:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         beside = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -117,10 +117,12 @@ def fingerprints(paths):
         total=total, desc="hash", unit="B", unit_scale=True, leave=False, disable=total < 2**30 or None
     ) as bar:
         for path in paths:
-            with open(path, "rb") as file:
-                prints.append(
-                    [path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-                )
+            try:
+                with open(path, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from None
+            prints.append([path.name, path.stat().st_size, sha256])
             bar.update(prints[-1][1])
     return prints
 

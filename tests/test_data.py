@@ -462,6 +462,8 @@ def test_settings_that_cannot_work_are_refused():
     for changes, message in (
         ({"val_every": 1}, "val_every=1: must be 2 or more"),
         ({"limit_docs": 0}, "limit_docs=0"),
+        ({"source": ""}, "must not be empty"),  # of an unset variable: not the current folder
+        ({"out": ""}, "must not be empty"),
         ({"shard_tokens": 0}, "shard_tokens"),
         ({"out": None, "source": "my books/*.txt"}, "add --out='my books'"),
     ):

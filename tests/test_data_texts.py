@@ -226,6 +226,13 @@ def test_parquet_without_pyarrow_is_known_before_the_work(folder, monkeypatch):
     )
 
 
+def test_a_file_that_cannot_be_opened_is_named(folder):
+    (folder / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="--source=gone.txt: no such file"):
+        texts.find("gone.txt")
+    assert refused(lambda: texts.fingerprints([folder / "books"])) == f"{folder}/books: Is a directory"
+
+
 def test_stem_is_a_name_for_a_data_set():
     sources = {"books": "books", "books/*.txt": "books", "~/b/notes.jsonl.gz": "notes", "*.txt": "mine"}
     assert {source: texts.stem(source) for source in sources} == sources

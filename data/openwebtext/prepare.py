@@ -59,6 +59,8 @@ class PrepareConfig:
             raise ValueError(
                 f"val_every={self.val_every}: must be 2 or more, or no text is left for training"
             )
+        if "" in (self.source, self.out):
+            raise ValueError("source and out must not be empty")
         if self.source is not None and self.out is None:
             name = shlex.quote(local.stem(self.source))
             raise ValueError(f"--source needs the name of the dataset to make: add --out={name}")
