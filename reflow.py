@@ -20,6 +20,7 @@ claim; claims are in experiments/.
 """
 
 import sys
+import textwrap
 from contextlib import ExitStack
 from dataclasses import dataclass
 from html import escape
@@ -35,7 +36,7 @@ import hooks
 from configurator import UserError
 from data.datasets import run_words
 from data.tokenizer import END_OF_TEXT, encoding
-from data.words import LEAST_COUNT, token_id, token_text
+from data.words import sightings, token_id, token_text
 from hardware import pick_device
 
 N_ROTATIONS = 5  # random rotations beside a table; an experiment takes 19
@@ -50,14 +51,18 @@ class Card:
     def __init__(self, title, columns, rows, notes=()):
         self.title = title
         self.columns = columns
-        self.rows = rows  # lists of int, float or text
+        self.rows = rows  # lists of int, float, text or None
         self.notes = [*notes, LOOK]
 
     def cells(self):
         """The table as text, [[cell]]."""
-        return [
-            [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows
-        ]
+
+        def text(cell):
+            if cell is None:
+                return ""
+            return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+
+        return [[text(cell) for cell in row] for row in self.rows]
 
     def __repr__(self):
         table = [self.columns, *self.cells()]
@@ -91,8 +96,6 @@ def cut(line):
 
 
 def wrap(text):
-    import textwrap
-
     return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
@@ -109,13 +112,13 @@ class Attribution:
         self.prediction = pred
 
     def rotated(self, k):
-        """Mean over random rotations of the k largest contributions by size, (k,): the control."""
+        """Sizes of the k largest contributions in each of N_ROTATIONS random rotations, (n, k)."""
         sizes = []
         for seed in range(N_ROTATIONS):
             generator = torch.Generator().manual_seed(seed)
             turned = dictionary.rotated(self.model.dictionary, generator)
             sizes.append(attribution.contributions(self.prediction, turned)[0].abs().topk(k).values)
-        return torch.stack(sizes).mean(0).cpu()
+        return torch.stack(sizes).cpu()
 
     def top(self, k=10):
         """A Card of the k largest contributions by size, of all others together, and of their sum."""
@@ -123,26 +126,30 @@ class Attribution:
             raise UserError(f"top({k}): ask for at least one signal")
         values = torch.from_numpy(self.contributions)
         order = values.abs().argsort(descending=True)[:k]
-        control = self.rotated(len(order)).tolist()
+        control = self.rotated(len(order))
+        mean, largest = control.mean(0).tolist(), control.amax(0).tolist()
         size = values.abs().sum().clamp(min=1e-30)
         rows = []
-        for s, rotation in zip(order.tolist(), control, strict=True):
+        for i, s in enumerate(order.tolist()):
             codes = self.model.dictionary.codes[:, s] * self.activations[s].sign()
-            ends = [self.model.words.top(sign * codes, 3) for sign in (1, -1)]
+            ends = [self.model.top(sign * codes, 3) for sign in (1, -1)]
             share = f"{values[s].abs() / size:.1%}"
-            rows.append([str(s), values[s].item(), share, rotation, *ends])
+            rows.append([str(s), values[s].item(), share, mean[i], largest[i], *ends])
         rest = values.double().sum().item() - values[order].double().sum().item()
         share = f"{1 - values[order].abs().sum() / size:.1%}"
-        rows.append([f"{len(values) - len(order)} others", rest, share, "", "", ""])
-        rows.append(["sum", values.double().sum().item(), "100.0%", "", "", ""])
+        rows.append([f"{len(values) - len(order)} others", rest, share, None, None, "", ""])
+        rows.append(["sum", values.double().sum().item(), "100.0%", None, None, "", ""])
         title = f'"{self.prompt}": logit("{self.target}") - logit("{self.foil}"), nats, by {self.model.unit}'
         notes = [
             "The sum is exact. share: of the sizes of all contributions.",
-            f"rotated: the largest contributions by size in {N_ROTATIONS} random rotations, mean.",
+            f"rotated: size of the contribution of this rank in {N_ROTATIONS} random rotations, "
+            "mean and max.",
+            self.model.left_out(),
         ]
-        notes += [self.model.mark(i) for i in (self.prediction.target[0], self.prediction.foil[0])]
-        columns = ["signal", "nats", "share", "rotated", "promotes here", "suppresses here"]
-        return Card(title, columns, rows, filter(None, notes))
+        asked = (self.prediction.target[0], self.prediction.foil[0])
+        notes += [self.model.name(token) for token in asked if self.model.is_rare(token)]
+        columns = [self.model.unit, "nats", "share", "rotated", "max", "promotes here", "suppresses here"]
+        return self.model.card(title, columns, rows, notes)
 
     def __repr__(self):
         return repr(self.top())
@@ -186,14 +193,16 @@ class Model:
         self.net = net or ckpt.load_model(self.device)
         self.dictionary = dictionary.native(self.net)
         self.words = words or run_words(ckpt.path, ckpt.state)
-        dense = self.net.config.vocab == "dense"
-        self.unit = "coordinate of E (a plain GPT)" if dense else "signal"
+        self.is_dense = self.net.config.vocab == "dense"
+        self.unit = "coordinate" if self.is_dense else "signal"
+        self.shown = self.words.shown_tokens()  # what tables choose from
 
     def __repr__(self):
         c = self.net.config
+        kind = " (a plain GPT has no signals)" if self.is_dense else ""
         return (
             f"{self.checkpoint.name}, step {self.checkpoint.step}: {c.n_layer} layers, width {c.n_embd}, "
-            f"{self.dictionary.n_signals} {self.unit}s"
+            f"{self.dictionary.n_signals} {self.unit}s{kind}"
         )
 
     # -- reading what was asked for ----------------------------------------------------------------
@@ -213,11 +222,35 @@ class Model:
         """The id of a word that is one token of this model. Raises UserError."""
         return token_id(word, self.net.config.n_tokens)
 
-    def mark(self, token):
-        """A note that a token is rare in training; "" if it is not."""
-        n = int(self.words.counts[int(token)])
-        times = "once" if n == 1 else f"{n} times"
-        return f'"{token_text(token)}" (rare: seen {times} in training)' if n < LEAST_COUNT else ""
+    # -- what tables say about tokens --------------------------------------------------------------
+
+    @property
+    def least_shown(self):
+        """Sightings in training of the rarest token that tables list."""
+        return int(self.words.counts[self.shown].min()) if len(self.shown) else 0
+
+    def is_rare(self, token):
+        """Whether tables leave a token out because training hardly saw it."""
+        return int(self.words.counts[int(token)]) < self.least_shown
+
+    def name(self, token):
+        """A token for a title, with a mark if it is rare."""
+        rare = f" (rare: {sightings(self.words.counts[int(token)])} in training)"
+        return f'"{token_text(token)}"{rare if self.is_rare(token) else ""}'
+
+    def left_out(self):
+        """The note that tells which tokens a table leaves out."""
+        return f"Tokens seen fewer than {self.least_shown} times in training are left out."
+
+    def top(self, scores, k):
+        """The k frequent tokens with the highest scores (n_tokens,), as text."""
+        return self.words.top(scores, k, self.shown)
+
+    def card(self, title, columns, rows, notes):
+        """A Card; that of a plain GPT says what its rows are."""
+        if self.is_dense:
+            notes = [*notes, "A plain GPT has no signals: these are the coordinates of its embedding E."]
+        return Card(title, columns, rows, notes)
 
     # -- cards -------------------------------------------------------------------------------------
 
@@ -239,13 +272,13 @@ class Model:
         """A Card of signal s: the known tokens with its largest and smallest codes."""
         d = self.dictionary
         if not 0 <= s < d.n_signals:
-            raise UserError(f"no signal {s}: signals are 0 to {d.n_signals - 1}")
-        known = torch.from_numpy(self.words.known_tokens()).to(self.device)
-        codes = d.codes[known]  # (n, S)
-        high, low = (codes[:, s].topk(min(k, len(known)), largest=end) for end in (True, False))
+            raise UserError(f"no {self.unit} {s}: {self.unit}s are 0 to {d.n_signals - 1}")
+        shown = torch.from_numpy(self.shown).to(self.device)
+        codes = d.codes[shown]  # (n, S)
+        high, low = (codes[:, s].topk(min(k, len(shown)), largest=end) for end in (True, False))
         rows = []
         for a, b in zip(high.indices.tolist(), low.indices.tolist(), strict=True):
-            ends = [(token_text(known[i]), codes[i, s].item()) for i in (a, b)]
+            ends = [(token_text(shown[i]), codes[i, s].item()) for i in (a, b)]
             rows.append([*ends[0], *ends[1]])
         usage = (codes**2).sum(0)  # (S,)
         cosine = d.atoms @ d.atoms[s]  # (S,)
@@ -253,12 +286,12 @@ class Model:
         near = cosine.abs().topk(min(3, d.n_signals)).indices.tolist()
         notes = [
             "Tied embedding: the tokens that it promotes at the output also carry it most at the input.",
-            f"usage: {usage[s] / usage.sum():.2%} of the squared codes of known tokens, rank "
+            f"usage: {usage[s] / usage.sum():.2%} of the squared codes of these tokens, rank "
             f"{int((usage > usage[s]).sum()) + 1} of {d.n_signals}. Nearest: "
             + ", ".join(f"{i} (cosine {cosine[i]:.2f})" for i in near),
-            f"Tokens seen fewer than {LEAST_COUNT} times in training are left out.",
+            self.left_out(),
         ]
-        return Card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "code "], rows, notes)
+        return self.card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "low code"], rows, notes)
 
     def token(self, word, k=8):
         """A Card of a token's recipe: its k largest codes by size, with the words of these signals."""
@@ -267,24 +300,27 @@ class Model:
         rows = []
         for s in recipe.abs().topk(min(k, len(recipe))).indices.tolist():
             codes = self.dictionary.codes[:, s]
-            rows.append([str(s), recipe[s].item(), self.words.top(codes, 4), self.words.top(-codes, 4)])
+            rows.append([str(s), recipe[s].item(), self.top(codes, 4), self.top(-codes, 4)])
         near = ", ".join(
             f"{text} {value:.2f}" for text, value in self.nearest(self.dictionary.codes, token, 5)
         )
-        seen = int(self.words.counts[token])
-        notes = [f"seen {seen:,} times in training. Neighbours by recipe: {near}", self.mark(token)]
-        columns = ["signal", "code", "it promotes", "it suppresses"]
-        return Card(f'"{token_text(token)}", token {token}: recipe', columns, rows, filter(None, notes))
+        notes = [
+            f"{sightings(self.words.counts[token])} in training. Neighbours by recipe: {near}",
+            self.left_out(),
+        ]
+        columns = [self.unit, "code", "it promotes", "it suppresses"]
+        return self.card(f"{self.name(token)}, token {token}: recipe", columns, rows, notes)
 
     def nearest(self, codes, token, k):
-        """[(text, cosine)] of the known tokens with rows of codes (V, n) like that of `token`, centred."""
-        known = torch.from_numpy(self.words.known_tokens()).to(self.device)
-        mean = codes[known[:N_FREQUENT]].mean(0)
-        known = known[known != token]
-        cosine = torch.nn.functional.cosine_similarity(codes[known] - mean, codes[token] - mean, dim=1)
-        best = cosine.topk(min(k, len(known)))
+        """[(text, cosine)] of the frequent tokens with rows of codes (V, n) like that of `token`, centred."""
+        frequent = torch.from_numpy(self.words.known_tokens()[:N_FREQUENT]).to(self.device)
+        mean = codes[frequent].mean(0)
+        shown = torch.from_numpy(self.shown).to(self.device)
+        shown = shown[shown != token]
+        cosine = torch.nn.functional.cosine_similarity(codes[shown] - mean, codes[token] - mean, dim=1)
+        best = cosine.topk(min(k, len(shown)))
         return [
-            (token_text(known[i]), value.item()) for value, i in zip(best.values, best.indices, strict=True)
+            (token_text(shown[i]), value.item()) for value, i in zip(best.values, best.indices, strict=True)
         ]
 
     def neighbors(self, word, k=10):
@@ -299,12 +335,11 @@ class Model:
         rows = [[cell for pair in row for cell in pair] for row in zip(*lists, strict=True)]
         notes = [
             f"Cosines after subtracting the mean of the {N_FREQUENT} most frequent tokens.",
-            f"Tokens seen fewer than {LEAST_COUNT} times in training are left out.",
-            "skewed: a random change of signals that leaves every logit as it is.",
-            self.mark(token),
+            self.left_out(),
+            f"skewed: a random change of {self.unit}s that leaves every logit as it is.",
         ]
-        columns = ["recipe", "cosine", "E", "cosine ", "skewed", "cosine  "]
-        return Card(f'neighbours of "{token_text(token)}"', columns, rows, filter(None, notes))
+        columns = ["recipe", "cosine", "E", "cosine in E", "skewed", "cosine skewed"]
+        return self.card(f"neighbours of {self.name(token)}", columns, rows, notes)
 
     # -- running -----------------------------------------------------------------------------------
 

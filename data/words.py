@@ -13,12 +13,19 @@ from configurator import UserError
 from data.tokenizer import encoding
 
 LEAST_COUNT = 5  # sightings in training from which a token counts as known
+SHOWN_COUNT = 100  # sightings from which a table for the eye lists a token; rarer rows are mostly noise
+FEWEST_SHOWN = 1000  # tokens that such a table chooses from at least, if so many are known
 
 
 def token_text(token):
     """A token as text for a table or a figure: white space alone is quoted, line ends are escaped."""
     text = encoding().decode([int(token)])
     return repr(text)[1:-1] if text.strip() else repr(text)
+
+
+def sightings(n):
+    """How often a token was seen, in words."""
+    return {0: "never seen", 1: "seen once"}.get(int(n), f"seen {int(n):,} times")
 
 
 def token_id(word, n_tokens):
@@ -50,6 +57,14 @@ class Words:
         """Ids of the tokens seen at least `least` times in training, most frequent first, (n,)."""
         return self.by_count[self.counts[self.by_count] >= least]
 
+    def shown_tokens(self):
+        """Ids of the tokens that a table for the eye lists, most frequent first, (n,).
+
+        Seen at least SHOWN_COUNT times, or the FEWEST_SHOWN most frequent known ones if these are more.
+        """
+        known = self.known_tokens()
+        return known[: max(FEWEST_SHOWN, len(self.known_tokens(SHOWN_COUNT)))]
+
     def known_words(self, letters=2):
         """Those known tokens that are a space and at least so many letters, most frequent first, (n,)."""
         known = self.known_tokens()
@@ -67,8 +82,8 @@ class Words:
         found = [self.known(word, least) for word in words]
         return [token for token in found if token is not None]
 
-    def top(self, scores, k=6):
-        """The k known tokens with the highest scores (n_tokens,), as text."""
-        known = torch.from_numpy(self.known_tokens()).to(scores.device)
-        best = known[scores[known].topk(min(k, len(known))).indices]
+    def top(self, scores, k=6, tokens=None):
+        """The k of `tokens` (ids; None: the known ones) with the highest scores (n_tokens,), as text."""
+        tokens = torch.from_numpy(self.known_tokens() if tokens is None else tokens).to(scores.device)
+        best = tokens[scores[tokens].topk(min(k, len(tokens))).indices]
         return " ".join(token_text(token).strip() for token in best)
