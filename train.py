@@ -167,11 +167,15 @@ def read_origin(m, c):
 
     The model's own configuration holds; only dropout, which is no part of it, is the run's.
     """
+    origin, _ = checkpoint.load_model(checkpoint.find(c.init_from))
+    return origin, replace(origin.config, dropout=m.dropout)
+
+
+def refuse_a_shape(c):
+    """UserError if the command line gives a model's shape, which --init_from decides."""
     given = [a for a in sys.argv[1:] for f in fields(ModelConfig) if a.startswith(f"--{f.name}=")]
     if given := [a for a in given if not a.startswith("--dropout=")]:
         raise UserError(f"--init_from={c.init_from} decides the model: leave out {' '.join(given)}")
-    origin, _ = checkpoint.load_model(checkpoint.find(c.init_from))
-    return origin, replace(origin.config, dropout=m.dropout)
 
 
 def own_settings(given):
@@ -194,6 +198,8 @@ def command(c):
 def main():
     nano = Path(__file__).parent / "config/reflow_nano.py"
     m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano, saved=own_settings)
+    if c.init_from is not None:
+        refuse_a_shape(c)
     run, rank = Path(c.out_dir), processes()[0]
     if c.dry_run:
         m = m if c.init_from is None else read_origin(m, c)[1]
@@ -231,7 +237,7 @@ def train(m, c, run):
     if newest and not c.resume:
         raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
     origin = None
-    if c.init_from is not None and newest:  # that decided the model
+    if c.init_from is not None and newest:
         m = replace(ModelConfig(**before["config"]["model"]), dropout=m.dropout)
     elif c.init_from is not None:
         origin, m = read_origin(m, c)

@@ -874,6 +874,10 @@ def test_init_from(tiny, tmp_path):
 
     more = (f"--init_from={first}", "--dropout=0.1", "--max_steps=8", "--resume")
     assert checkpoint.find(go(tiny, second, *more)).name == "step_000008"
+    with pytest.raises(UserError, match="decides the model: leave out --n_layer=1$"):
+        go(tiny, second, *more, "--n_layer=1")
+    shutil.rmtree(first)  # needed no more
+    assert checkpoint.find(go(tiny, second, "--resume", "--max_steps=12")).name == "step_000012"
 
 
 def test_init_from_decides_the_model(tiny, tmp_path):
