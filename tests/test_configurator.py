@@ -409,7 +409,7 @@ MACHINE = {
     "import os; raise PermissionError(13, 'x', 'a', None, 'b')": (
         "b: Permission denied: change its permissions, or name another place"
     ),
-    "f = open('/dev/full', 'w'); f.write('a'); f.flush()": (
+    "import os; os.write(os.open('/dev/full', os.O_WRONLY), b'a')": (
         "<string>:1: No space left on device: free some space, or write elsewhere"
     ),
     "raise OSError('two\\nlines')": "<string>:1: two lines: try again",
