@@ -41,4 +41,4 @@ def test_it_writes_a_result_in_which_an_untrained_model_shows_nothing(lab):
 def test_it_is_short_and_none_of_the_twelve():
     assert "template" not in run_all.NAMES
     with open(template.__file__, encoding="utf-8") as file:
-        assert len(file.readlines()) <= 60
+        assert len(file.readlines()) <= 61
