@@ -80,6 +80,8 @@ def import_model(source, to, dataset, n_sequences):
     """Write the model at `source`, a Hugging Face folder or a reference checkpoint, as a run. UserError."""
     if not source.exists():
         raise UserError(f"--from={source}: no such file or folder")
+    if source.suffix in (".safetensors", ".json"):
+        raise UserError(f"--from={source} is one file of a model: name its folder, --from={source.parent}")
     folder = find_dataset(dataset)
 
     def loss(config, weights, longest=TRIED):

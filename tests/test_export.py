@@ -113,6 +113,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(arguments, tmp_path):
     assert left == before
 
 
+def test_a_file_of_a_folder_is_not_the_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(UserError, match=f"is one file of a model: name its folder, --from={tmp_path}$"):
+        go(f"--from={tmp_path / 'model.safetensors'}", f"--to={tmp_path / 'x'}")
+
+
 def test_a_damaged_run_is_named(tmp_path):
     """Truncated weights, then a state.json that is none."""
     run = save(random_model("factored"), tmp_path / "run")

@@ -58,10 +58,13 @@ def test_the_hub_reads_the_metadata(form, tmp_path):
 
 def test_what_is_not_known_is_not_claimed(tmp_path):
     """Own text: no language, no data set of the hub, no licence; a folder's name, not its whole path."""
-    text = card(tmp_path, "factored", "llama", dataset="/home/me/B\u00fccher: alt")
+    text = card(tmp_path, "factored", "llama", dataset="/home/me/B\u00fccher: alt \U0001f989")
     data = read_by_the_hub(text)
     assert (data.license, data.language, data.datasets) == ("unknown", None, None)
-    assert data.eval_results[0].dataset_name == "B\u00fccher: alt" and "state it before you share" in text
+    assert (
+        data.eval_results[0].dataset_name == "B\u00fccher: alt \U0001f989"
+        and "state it before you share" in text
+    )
     assert "/home" not in text.split("---")[1]
     tuned = card(tmp_path, "factored", "llama", dataset="sotu", init_from="out/theirs")
     assert read_by_the_hub(tuned).license == "unknown"
