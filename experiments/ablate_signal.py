@@ -32,6 +32,7 @@ import torch
 import hooks
 from attribution import contributions, exact_change, first_order_change, predict, remove_signals
 from configurator import UserError
+from data.words import token_id
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.plots import plot_scores, plot_waterfall
 from experiments.lab.stats import estimate
@@ -122,6 +123,8 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
     config = config or AblateConfig()
     if not config.prompt:
         raise UserError("--prompt is empty: give some words")
+    if config.target:  # before the work
+        token_id(config.target, lab.model.net.config.n_tokens)
     report = Report(lab, "ablate_signal", CLAIMS)
     prompts, _ = lab.heldout(N_PROMPTS, PROMPT_LENGTH)
     generator = lab.generator()

@@ -141,8 +141,9 @@ def survival(alpha):
 
 
 def choose_targets(lab):
-    """Whole words seen in training, as many from each quarter of the ranks of frequency, (N_TARGETS,)."""
-    quarters = np.array_split(lab.words.known_words(letters=3), 4)
+    """Whole words seen in training, else any tokens, as many from each quarter of frequency, (N_TARGETS,)."""
+    words = lab.words.known_words(letters=3)
+    quarters = np.array_split(words if len(words) >= N_TARGETS else lab.words.known_tokens(), 4)
     rng = lab.rng("targets")
     return np.concatenate([rng.permutation(part)[: N_TARGETS // 4] for part in quarters])
 

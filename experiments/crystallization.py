@@ -44,7 +44,6 @@ from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
 from experiments.lab.patching import PLACES, Pairs, logit_difference, mean_recovery, patch_places, recover
 from experiments.lab.plots import COLOURS, plot_band, plot_heat_map
-from experiments.lab.probes import probe
 from experiments.lab.stats import estimate
 
 CLAIMS = {
@@ -129,7 +128,7 @@ def interchange(lab, report, layers, texts):
     shape = lab.model.net.config.block_size, lab.device
     fewer = Pairs(texts[::3], *shape)  # every third keeps all templates
     batches = {"short": Pairs(texts, *shape)}
-    batches["long"] = Pairs(texts[::3], *shape, probe("agreement")["contexts"])
+    batches["long"] = Pairs(texts[::3], *shape, lab.probe("agreement")["contexts"])
     found, maps = {}, {}
     for subject in lab.subjects:
         for length, pairs in batches.items():
@@ -163,7 +162,7 @@ def run(lab: Lab, config=None) -> Report:
     report.effect("early_injection", thirds, "windows", published=PUBLISHED)
 
     # The last token must be the same in both prompts of a pair.
-    pairs = probe("agreement")["pairs"]
+    pairs = lab.probe("agreement")["pairs"]
     texts = [pair for pair in pairs if encode(pair["clean"])[-1] == encode(pair["corrupted"])[-1]]
     found, maps = interchange(lab, report, layers, texts)
     short = found["reflow", "short"]

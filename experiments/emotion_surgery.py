@@ -166,8 +166,8 @@ def compare_directions(lab, respond, build, prompts, layer):
 
 def run(lab: Lab, config=None) -> Report:
     report = Report(lab, "emotion_surgery", CLAIMS)
-    dev = sentiment.templates("dev")
-    test = sentiment.templates("test")
+    dev = sentiment.templates(lab, "dev")
+    test = sentiment.templates(lab, "test")
     build = sentiment.word_pairs(lab, "build")
     words = sentiment.word_pairs(lab, "held_out")
     layers = range(max(1, lab.model.net.config.n_layer // 2))
@@ -203,7 +203,7 @@ def run(lab: Lab, config=None) -> Report:
     _, scores = side_effects(lab, report, "dev", dev[::2], v, layers, words, strengths)
     best = max(scores, key=lambda size: scores[size]["harmonic"])
     texts, tested = side_effects(lab, report, "test", test, v, layers, words, (0.0, best, -best))
-    lexicon = sentiment.lexicon(lab.words, barred=build.flatten().tolist())
+    lexicon = sentiment.lexicon(lab, barred=build.flatten().tolist())
     for s, continued in texts.items():
         tokens = np.concatenate(continued)
         for side, ids in lexicon.items():

@@ -32,8 +32,9 @@ import torch
 from data.words import token_text
 from dictionary import Dictionary, rotated
 from experiments.lab import Lab, Report, run_experiment
+from experiments.lab.analogies import relations
 from experiments.lab.plots import COLOURS, plot_scores
-from experiments.lab.probes import labelled, probe
+from experiments.lab.probes import labelled
 from experiments.lab.spaces import POOL, chance, compare_spaces, cosines, precision, spaces, split
 
 CLAIMS = {
@@ -83,10 +84,10 @@ def rotation_error(codes):
 def run(lab: Lab, config: NearestNeighborsConfig | None = None) -> Report:
     config = config or NearestNeighborsConfig()
     report = Report(lab, "nearest_neighbors", CLAIMS)
-    words, labels, _ = labelled(lab.words)
+    words, labels, _ = labelled(lab)
     pool = lab.words.known_words()[:POOL]
     n = len(words)
-    plurals = probe("analogies")["singular_plural"]["pairs"]
+    plurals = relations(lab).get("singular_plural", ())
     barred = share_stem([token_text(token).strip() for token in words], plurals)
 
     def measure(codes):

@@ -27,7 +27,7 @@ import configurator
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab.claims import PLURAL
-from experiments.lab.lab import file_sha256, open_newest, run_identity
+from experiments.lab.lab import check_writable, file_sha256, open_newest, results_folder, run_identity
 from experiments.lab.report import LOOKS, code_sha256, method
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
@@ -36,6 +36,7 @@ from experiments.run_all import NAMES
 @dataclass
 class ReportConfig:
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
+    results: str | None = None  # the folder that was given to the experiments; None: the run's own
 
 
 STYLE = """
@@ -110,7 +111,7 @@ def sort_results(results, ckpt):
                 left_out[name] = f"made with seed {result.seed}; the others have seed {usual_seed}"
             elif conditions(result) != usual:
                 baseline = ", ".join(key for key in result.made_from if key != result.run.name) or "none"
-                left_out[name] = f"made with another baseline ({baseline}) than the others"
+                left_out[name] = f"made with another baseline or word lists ({baseline}) than the others"
     record = {name: result for name, result in kept.items() if name not in left_out}
     return record, left_out
 
@@ -246,15 +247,15 @@ def look_part(looks, left_out, folder, place):
     )
 
 
-def page(ckpt, record, left_out, looks, looks_left_out):
-    """The whole page of a Checkpoint as text. record and looks {name: Result}, left out {name: reason}."""
+def page(ckpt, folder, record, left_out, looks, looks_left_out):
+    """The page of the results in a folder, as text. record, looks {name: Result}, left out {name: reason}."""
     place = place_of(ckpt)
     losses = {}
     for result in record.values():
         losses |= {model: loss for model, loss in result.val_loss.items() if loss is not None}
     verdicts = [claim.verdict for result in record.values() for claim in result.claims]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "not supported", "inconclusive"))
-    sections = "".join(section(result, ckpt.results / name, place) for name, result in record.items())
+    sections = "".join(section(result, folder / name, place) for name, result in record.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -268,7 +269,7 @@ itself (they leave the model's function unchanged) and every rival (PCA, ICA, ..
 these data do not show it.</p>
 {notices(record, left_out, place)}{summary(record)}
 {sections}
-{look_part(looks, looks_left_out, ckpt.results / LOOKS, place)}
+{look_part(looks, looks_left_out, folder / LOOKS, place)}
 </body></html>
 """
 
@@ -281,10 +282,11 @@ def place_of(ckpt):
 def main():
     (c,) = configurator.parse(ReportConfig)
     ckpt = open_newest(c.run)
-    results, unreadable = read_results(ckpt.results)
+    folder = results_folder(ckpt, c.results)
+    results, unreadable = read_results(folder)
     record, left_out = sort_results(results, ckpt)
     left_out |= unreadable
-    looks, looks_left_out = read_results(ckpt.results / LOOKS)
+    looks, looks_left_out = read_results(folder / LOOKS)
     for name in list(looks):
         fault = weights_fault(looks[name], ckpt)
         if fault:
@@ -293,9 +295,10 @@ def main():
     if not record and not looks:
         first = [f" ({name}: {reason})" for name, reason in left_out.items()][:1]
         again = f"run python experiments/run_all.py --run={place_of(ckpt)}"
-        raise UserError(f"no results of this run in {ckpt.results}{''.join(first)}: {again}")
-    path = ckpt.results / "report.html"
-    write_atomically(path, page(ckpt, record, left_out, looks, looks_left_out))
+        raise UserError(f"no results of this run in {folder}{''.join(first)}: {again}")
+    check_writable(folder)
+    path = folder / "report.html"
+    write_atomically(path, page(ckpt, folder, record, left_out, looks, looks_left_out))
     print(f"{path}: {len(record)} experiments, {path.stat().st_size / 1e6:.1f} MB")
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")

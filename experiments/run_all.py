@@ -26,8 +26,8 @@ from tqdm import tqdm
 import configurator
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
-from experiments.lab.lab import open_baseline, open_newest
-from experiments.lab.report import code_sha256, save_and_print
+from experiments.lab.lab import check_writable, open_baseline, open_newest, results_folder
+from experiments.lab.report import code_sha256, measure, save_and_print
 from experiments.lab.results import read_result
 
 NAMES = (
@@ -86,7 +86,7 @@ def run_one(lab, name, again):
         return
     print("-" * 100, flush=True)
     experiment = importlib.import_module(f"experiments.{name}")
-    save_and_print(experiment.run(lab))
+    save_and_print(measure(experiment.run, lab))
 
 
 def run_many(config, names, again):
@@ -118,6 +118,7 @@ def main():
     runs = split(config.run or "") or [None]
     for run in runs:  # a mistyped name is an error now, not after hours of work
         ckpt = open_newest(run)
+        check_writable(results_folder(ckpt, config.results))
         if config.baseline is not None:
             open_baseline(config.baseline, ckpt)
     start = time.perf_counter()

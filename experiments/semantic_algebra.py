@@ -55,7 +55,7 @@ def accuracy(k):
 def run(lab: Lab) -> Report:
     report = Report(lab, "semantic_algebra", CLAIMS)
     pool, known = candidates(lab.words)
-    questions, target, relation = build(relations(), known, lab.rng("questions"), QUESTIONS)
+    questions, target, relation = build(relations(lab), known, lab.rng("questions"), QUESTIONS)
 
     # 3CosAdd in every space.
     def measure(codes):
@@ -92,8 +92,7 @@ def run(lab: Lab) -> Report:
     )
     shown = {name: codes[name] for name in ("native", "E", "baseline") if name in codes}
     report.gallery = gallery(lab, shown, pool, known, questions)
-    if len(questions):
-        draw(report, scores, analogies, target, relation)
+    draw(report, scores, analogies, target, relation)
     return report
 
 

@@ -115,7 +115,7 @@ def leaf_order(distance):
 def run(lab: Lab) -> Report:
     report = Report(lab, "semantic_clusters", CLAIMS)
     rng = lab.rng("permutations")
-    words, labels, names = labelled(lab.words)
+    words, labels, names = labelled(lab)
     n = len(words)
     permuted = np.stack([rng.permutation(labels) for _ in range(PERMUTATIONS)])  # (P, n)
 

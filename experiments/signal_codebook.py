@@ -175,7 +175,7 @@ def other_dictionaries(lab):
 def run(lab: Lab, config=None) -> Report:
     report = Report(lab, "signal_codebook", CLAIMS)
     native = lab.model.dictionary
-    ids, labels, names = labelled(lab.words)
+    ids, labels, names = labelled(lab)
     rng = lab.rng("codebook")
     half = halves(labels, rng)
     sample = np.sort(rng.permutation(lab.words.known_tokens())[:SAMPLE])

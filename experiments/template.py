@@ -20,8 +20,9 @@ import threads
 import torch
 
 from experiments.lab import Lab, Report, Scores, run_experiment
+from experiments.lab.analogies import relations
+from experiments.lab.claims import TooFew
 from experiments.lab.plots import plot_scores
-from experiments.lab.probes import probe
 
 CLAIMS = {
     "shared": "a word shares more of its strongest signals with its opposite than with those of other words",
@@ -43,8 +44,11 @@ def overlap(d):
 
 def run(lab: Lab, config=None) -> Report:
     report = Report(lab, "template", CLAIMS)
-    pairs = [lab.words.known_all(pair) for pair in probe("analogies")["opposites"]["pairs"]]
-    tokens = torch.tensor([pair for pair in pairs if len(pair) == 2]).T.flatten()  # (2n,)
+    pairs = [lab.words.known_all(pair) for pair in relations(lab).get("opposites", ())]
+    pairs = [pair for pair in pairs if len(pair) == 2]
+    if len(pairs) < 2:
+        raise TooFew(f"only {len(pairs)} pairs of opposites are known to this model")
+    tokens = torch.tensor(pairs).T.flatten()  # (2n,)
     found = lab.compare(overlap, tokens=tokens)
     shared = Scores({"native": found["own"].native, "others": found["others"].native})
     shared["step 0"] = overlap(lab.step0.dictionary.part(tokens))["own"]

@@ -134,3 +134,9 @@ def test_an_untrained_run_supports_nothing(lab):
 def test_an_empty_prompt_is_refused(lab):
     with pytest.raises(UserError, match="--prompt is empty"):
         ablate_signal.run(lab, ablate_signal.AblateConfig(prompt=""))
+
+
+def test_a_word_of_several_tokens_is_refused_before_the_work(lab, monkeypatch):
+    monkeypatch.setattr(lab, "heldout", None)
+    with pytest.raises(UserError, match="' unbelievableness' is 3 tokens.*' unbeliev' 'abl' 'eness'"):
+        ablate_signal.run(lab, ablate_signal.AblateConfig(target="unbelievableness"))

@@ -111,7 +111,7 @@ def test_rotated_signals_steer_no_better_than_rotations(reports):
 def test_an_untrained_model_has_no_sentiment(reports, labs):
     assert verdicts(reports["untrained"])["steers"] == "not supported"
     build, words = (sentiment.word_pairs(labs["untrained"], part) for part in ("build", "held_out"))
-    prompts = sentiment.templates("test")[:4]
+    prompts = sentiment.templates(labs["untrained"], "test")[:4]
     false = 0
     for seed in range(20):
         subject = Subject("seed", tiny(seed, n_layer=1))

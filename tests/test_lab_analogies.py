@@ -1,10 +1,14 @@
 """Analogies: ranks by brute force, ties, questions drawn evenly from known words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from experiments.lab.analogies import METHODS, build, candidates, ranks, relations
+from experiments.lab.claims import TooFew
+from experiments.lab.probes import probe
 from tests.lab_fixtures import token
 from tests.spaces_fixtures import known_everywhere
 
@@ -50,9 +54,9 @@ def test_questions_are_even_over_relations_and_use_four_known_words():
 
 
 def test_no_question_of_unknown_words():
-    questions, target, relation = build(relations(), lambda word: None, np.random.default_rng(0), 9)
-    assert questions.shape == (0, 4) and len(target) == len(relation) == 0
-    assert ranks(torch.eye(5), questions)["3CosAdd"].shape == (0,)
+    known = SimpleNamespace(probe=probe)
+    with pytest.raises(TooFew, match="only 0 questions"):
+        build(relations(known), lambda word: None, np.random.default_rng(0), 9)
 
 
 def test_candidates_are_known_words_in_their_places():

@@ -69,3 +69,28 @@ def test_a_heat_map_is_white_at_zero():
         image = plots.plot_heat_map(ax, values, "ab", "cd", label="z")
     assert image.get_clim() == (-3, 3)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["c", "d"]
+
+
+def test_texts_of_users_are_shown_as_typed():
+    """$ begins no mathematics and a character without a glyph is readable; numbers of the axes stay."""
+    import warnings
+
+    typed = ["Costs: $5 % of $", "$5 to $10", r"a\$b_{2}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with plots.figure(1, 2) as (fig, (left, right)):
+            plots.plot_heat_map(left, np.eye(3), typed, typed, "label of $5 and $6")
+            left.set(xlabel='logit("\u4e2d") - logit("$")')
+            left.plot([0], [0], label="$x$")
+            left.legend()
+            right.plot([1, 1e4], [1, 1e4])
+            right.set(xscale="log", yscale="log")
+            plots.set_title(fig, "$5 to $10 \u4e2d\u6587")
+            plots.to_png(fig)
+            plots.to_png(fig)  # again: the same
+    assert fig._suptitle.get_text() == "$5 to $10 U+4E2DU+6587" and not fig._suptitle.get_parse_math()
+    assert left.get_xlabel() == 'logit("U+4E2D") - logit("$")'
+    labels = left.get_xticklabels()
+    assert [label.get_text() for label in labels] == typed
+    assert not any(label.get_parse_math() for label in labels)
+    assert all(label.get_parse_math() for label in right.get_xticklabels())

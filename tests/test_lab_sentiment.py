@@ -24,7 +24,7 @@ def test_pairs_are_words_of_like_frequency(tmp_path):
     pairs = sentiment.word_pairs(lab, "build").numpy()
     assert pairs.shape == (2, 44) and len(set(pairs.flatten())) == 88
     assert np.array_equal(counts[pairs[0]], counts[pairs[1]])
-    with pytest.raises(UserError, match="has not seen the sentiment words"):
+    with pytest.raises(UserError, match="only . positive and . negative words of sentiment.json"):
         sentiment.word_pairs(lab, "held_out")
 
 
@@ -33,7 +33,7 @@ def test_words_that_build_and_words_that_measure_are_disjoint(tmp_path):
     lab.words = Words(np.full(50257, 9.0))
     build, held_out = (sentiment.word_pairs(lab, part).flatten().tolist() for part in ("build", "held_out"))
     assert len(set(build + held_out)) == 4 * 44
-    lexicon = sentiment.lexicon(lab.words, barred=build)
+    lexicon = sentiment.lexicon(lab, barred=build)
     ids = np.concatenate(list(lexicon.values()))
     assert set(held_out) <= set(ids) and not set(build) & set(ids)
 
@@ -88,6 +88,6 @@ def test_log_odds_and_differences_by_hand():
 
 
 def test_words_are_needed(tmp_path):
-    lab = open_lab(save_run(tmp_path / "run", tiny(), corpus(tmp_path / "data", n_words=20)))
-    with pytest.raises(UserError, match="has not seen the sentiment words"):
+    lab = open_lab(save_run(tmp_path / "run", tiny(), corpus(tmp_path / "data", n_words=60)))
+    with pytest.raises(UserError, match="only . positive and . negative words of sentiment.json"):
         sentiment.word_pairs(lab, "build")

@@ -92,7 +92,7 @@ def test_seed_and_baseline_are_those_of_the_most_results(run, monkeypatch):
     change(alone, made_from={"tiny": weights})
     page = make_page(run, monkeypatch)
     assert "signal_codebook: made with seed 1; the others have seed 0" in page
-    assert "crystallization: made with another baseline (none) than the others" in page
+    assert "crystallization: made with another baseline or word lists (none) than the others" in page
     assert "3 claims: 3 supported" in page
 
 

@@ -1,5 +1,7 @@
 """signal_codebook: closed forms, planted meaning is found, verdicts that fail, lists of known tokens only."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.stats import mannwhitneyu
 
 from data.words import token_text
 from experiments import signal_codebook
-from experiments.lab.probes import categories
+from experiments.lab.probes import categories, probe
 from experiments.lab.results import read_result
 from experiments.lab.stats import estimate, regress_out
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
@@ -87,7 +89,7 @@ def test_columns_have_the_class_of_their_shape():
 def planted(folder, data, words, is_rotated):
     """A run in which signal s marks the words of one category, unless a rotation hides that."""
     net = tiny(0, n_embd=32)
-    ids = list(categories(words).values())
+    ids = list(categories(SimpleNamespace(words=words, probe=probe)).values())
     with torch.no_grad():
         for s in range(32):
             net.vocab.recipe[ids[s % len(ids)], s] += 0.4
@@ -108,7 +110,7 @@ def test_planted_categories_are_found_and_a_rotation_of_them_is_not_privileged(
     if is_rotated:
         assert separates.verdict == "not supported"
     else:
-        names = list(categories(untrained.words))
+        names = list(categories(untrained))
         found = {(row["signal"], row["metric"]) for row in report.rows if row["metric"].startswith("z of ")}
         assert {(s, f"z of {names[s % len(names)]}") for s in range(32)} <= found
 

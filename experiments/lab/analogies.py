@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiments.lab.probes import probe
+from experiments.lab.claims import TooFew
 
 QUESTIONS = 600
 CANDIDATES = 10_000  # the most frequent known words
@@ -37,15 +37,16 @@ def candidates(words):
     return pool, lambda word: place.get(words.known(word))
 
 
-def relations():
-    """{relation: [[a, b], ...]} of probes/analogies.json."""
-    return {name: relation["pairs"] for name, relation in probe("analogies").items()}
+def relations(lab):
+    """{relation: [(a, b), ...]} of probes/analogies.json."""
+    return {name: relation["pairs"] for name, relation in lab.probe("analogies").items()}
 
 
 def build(relations, known, rng, total):
     """About `total` questions (Q, 4), evenly over relations; the target pair (Q,) and relation (Q,) of each.
 
-    relations {name: [[a, b]]}; known: word -> id, or None. The four words of a question differ.
+    relations {name: [[a, b]]}; known: word -> id, or None. The four words of a question differ. Raises TooFew
+    if no question is left.
     """
     every = {}
     for name, pairs in relations.items():
@@ -54,7 +55,12 @@ def build(relations, known, rng, total):
         asked = [(*p, *q) for p in ids for q in ids if len({*p, *q}) == 4]
         if asked:
             every[name] = np.array(asked)
-    share = -(-total // max(1, len(every)))  # rounded up
+    if not every:
+        raise TooFew(
+            "only 0 questions: no relation of analogies.json has two pairs of words that training has seen "
+            "often (--probes takes other words)"
+        )
+    share = -(-total // len(every))  # rounded up
     questions = [np.zeros((0, 4), int)]
     relation = []
     for name, asked in every.items():

@@ -15,6 +15,7 @@ not as a gain. No other threshold exists.
 
 import numpy as np
 
+from configurator import UserError
 from experiments.lab.results import Claim, Estimate
 from experiments.lab.stats import estimate, t_interval
 
@@ -22,6 +23,10 @@ LEAST_UNITS = 20  # independent units below which a claim is inconclusive
 N_GAUGES = 19  # random changes of the dictionary: the fewest that can give p = 0.05
 ROUNDING = 1e-5  # of the mean measured size
 PLURAL = {"rotation": "rotations", "skewed": "skewed gauges"}  # of Scores.gauge, in texts
+
+
+class TooFew(UserError):
+    """The text or the words of a run do not suffice: claims not yet decided are inconclusive."""
 
 
 class Scores(dict):
@@ -151,6 +156,13 @@ def below(values, limit, unit, controls=None):
         "controls": controls or {},
         "lower": True,
     }
+
+
+def missing(kind, reason):
+    """Nothing was measured, for a reason. Fields of a Claim."""
+    nothing = Estimate(None, None, None)
+    fields = {"verdict": "inconclusive", "reason": reason, "unit": "units", "n": 0}
+    return {"kind": kind, "measured": nothing, "controls": {}} | fields
 
 
 def make_claim(experiment, key, sentence, fields, published=""):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 import hooks
-from configurator import UserError
 from dictionary import top_k
 from experiments.lab import sentiment
+from experiments.lab.claims import TooFew
 
 SIDES = {"input": (True, False), "output": (False, True), "both": (True, True)}
 N_TOKENS, N_CONTEXTS, LENGTH = 64, 2, 8  # exchanged tokens; contexts of each; tokens of a context
@@ -86,12 +86,14 @@ def find_task(lab, words, barred):
     """The Task of a run. Tokens `barred` (n,) are not exchanged: renaming words of sentiment would tilt."""
     eligible = lab.words.known_words(letters=1)
     free = eligible[~np.isin(eligible, barred)]
+    if not len(free):
+        raise TooFew("only 0 words of the training text are one token")
     tokens, contexts = find_contexts(*lab.heldout(2000, 4 * LENGTH), free, N_TOKENS, lab.rng("tokens"))
     if not len(tokens):
-        raise UserError(f"no word of the training text is {N_CONTEXTS} times in the held-out text")
+        raise TooFew(f"only 0 words: none of the training text is {N_CONTEXTS} times in the held-out text")
     old = torch.from_numpy(tokens).to(lab.device)
     new = old.view(-1, 2).flip(1).flatten()
-    return Task(old, new, contexts, sentiment.templates("test"), words, *lab.heldout(12, 8))
+    return Task(old, new, contexts, sentiment.templates(lab, "test"), words, *lab.heldout(12, 8))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -21,8 +24,10 @@ from configurator import UserError
 from data.datasets import run_words, text_folder
 from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT
+from data.words import LEAST_COUNT
 from dictionary import Dictionary
-from experiments.lab.claims import N_GAUGES, Scores
+from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
+from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
 from hardware import keep_freed_memory, pick_device
 from model import ModelConfig, ReFlow
@@ -34,6 +39,8 @@ class LabConfig:
     baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
     seed: int = 0  # of every random choice: rotations, bootstrap, prompts
     device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
+    results: str | None = None  # folder for results, in a folder named after the run; None: in the run's
+    probes: str | None = None  # folder of word lists of one's own, see probes/README.md; None: those in it
 
     def __post_init__(self):
         configurator.check(self, configurator.SEED)
@@ -115,6 +122,40 @@ def open_baseline(name, ckpt):
     return found
 
 
+def train_baseline(ckpt):
+    """The command that trains a plain GPT of the shape, data and steps of a Checkpoint."""
+    keys = ("dataset", "batch_size", "micro_batch_size", "max_steps", "warmup_steps", "lr", "min_lr", "seed")
+    train = {key: ckpt.train_config[key] for key in keys if key in ckpt.train_config}
+    shape = ckpt.model_config | {"vocab": "dense", "n_signal": None, "top_k": None}
+    wanted = {key: value for key, value in (shape | train).items() if value is not None}
+    commands = []
+    for path in sorted((checkpoint.RELEASES.parent / "config").glob("gpt2_new*.py")):
+        own = {key: value for _, key, value in configurator.read_file(path)}
+        given = {field.name: field.default for field in fields(ModelConfig)} | {"seed": 0} | own
+        changes = {key: value for key, value in wanted.items() if given.get(key) != value}
+        if changes:
+            changes["out_dir"] = f"out/{ckpt.name}-baseline"
+        parts = [f"python train.py config/{path.name}", *(quote(f"--{k}={v}") for k, v in changes.items())]
+        commands.append((len(changes), " ".join(parts)))
+    return min(commands)[1]
+
+
+def results_folder(ckpt, elsewhere=None):
+    """The folder of the results of a Checkpoint: the run's own, or one with its name in `elsewhere`."""
+    if elsewhere is None:
+        return ckpt.results
+    return Path(elsewhere) / ckpt.name / (ckpt.path.name if ckpt.named and ckpt.path != ckpt.run else "")
+
+
+def check_writable(folder):
+    """UserError if no file can be written in a folder of results."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): give --results=FOLDER") from None
+
+
 class Lab:
     """A run, its controls and its text. Everything beyond the run itself is made on first use."""
 
@@ -125,12 +166,14 @@ class Lab:
         keep_freed_memory()
         self.checkpoint = open_newest(self.config.run)
         self.model = open_subject("reflow", self.checkpoint, self.device)
+        self.own_probes = own_probes(Path(self.config.probes)) if self.config.probes else {}
+        self.report = None  # the Report that is being made
         self._rivals = {}  # name of a subject -> its PCA and ICA
 
     @property
     def results(self):
         """The folder of this run's results."""
-        return self.checkpoint.results
+        return results_folder(self.checkpoint, self.config.results)
 
     # -- models that it is compared with -----------------------------------------------------------
 
@@ -140,9 +183,8 @@ class Lab:
         if self.config.baseline is None:
             found = find_baseline(self.checkpoint)
             if found is None:
-                print(
-                    "no baseline beside this run: train config/gpt2_new_nano.py (or _mini) or give --baseline"
-                )
+                command = train_baseline(self.checkpoint)
+                print(f"no baseline beside this run: give --baseline, or make one: {command}")
                 return None
         else:
             found = open_baseline(self.config.baseline, self.checkpoint)
@@ -187,7 +229,8 @@ class Lab:
             "run": run_identity(self.checkpoint),
             "val_loss": {subject.name: subject.val_loss for subject in trained},
             "seed": self.seed,
-            "made_from": {s.checkpoint.name: file_sha256(s.checkpoint.weights) for s in trained},
+            "made_from": {s.checkpoint.name: file_sha256(s.checkpoint.weights) for s in trained}
+            | self.own_probes,
         }
 
     # -- dictionaries -------------------------------------------------------------------------------
@@ -244,20 +287,46 @@ class Lab:
 
     @functools.cached_property
     def words(self):
-        """The tokens by how often they were in the text of training (data.words.Words)."""
-        return run_words(self.checkpoint.path, self.checkpoint.state)
+        """The tokens by how often they were in training (data.words.Words). TooFew if almost none was."""
+        words = run_words(self.checkpoint.path, self.checkpoint.state)
+        known = len(words.known_tokens())
+        if known < LEAST_UNITS:
+            raise TooFew(f"only {known} tokens were seen {LEAST_COUNT} times in training")
+        return words
 
     @functools.cached_property
     def text(self):
         """Folder of the held-out text: the run's own data set, else the embedded corpus."""
         return text_folder(self.checkpoint.state)
 
+    def probe(self, name):
+        """The word lists of a kind: those of --probes, else of experiments/probes/."""
+        return probe(name, Path(self.config.probes or PROBES))
+
     def heldout(self, n, length):
-        """At most n windows of validation text, spread evenly, no document's end inside: x, y (n, length)."""
-        dataset = Dataset(self.text, "val", length)
+        """At most n windows of validation text, spread evenly, x, y (n, length).
+
+        No document ends in a window. If fewer than 20 windows are such, the documents are short, and windows
+        are packed as in training: <|endoftext|> may be anywhere but at their last token and the next one.
+        Raises TooFew if fewer than 20 (or n) are left.
+        """
+        needed = min(n, LEAST_UNITS)
+        try:
+            dataset = Dataset(self.text, "val", length)
+        except UserError as error:
+            raise TooFew(f"only 0 windows of {length} tokens of held-out text: {error}") from None
         x, y = dataset.windows(0, dataset.n_windows)
-        whole = ~((x == END_OF_TEXT).any(1) | (y == END_OF_TEXT).any(1))
-        chosen = whole.nonzero().flatten()
+        ends = torch.cat([x, y[:, -1:]], 1) == END_OF_TEXT  # (windows, length + 1)
+        kept = ~ends.any(1)
+        if kept.sum() < needed:
+            kept = ~ends[:, -2:].any(1)
+            if self.report is not None:
+                self.report.numbers[f"windows of {length} tokens packed"] = int(kept.sum())
+        if kept.sum() < needed:
+            raise TooFew(
+                f"only {kept.sum()} windows of {length} tokens of held-out text, {needed} are needed"
+            )
+        chosen = kept.nonzero().flatten()
         chosen = chosen[torch.linspace(0, len(chosen) - 1, min(n, len(chosen))).long()]
         return x[chosen].to(self.device), y[chosen].to(self.device)
 

@@ -4,6 +4,7 @@ What figures share: one style, one colour a meaning, curves with intervals, scor
 Figures are drawn without pyplot, so that nobody's plotting backend or style changes.
 """
 
+import functools
 import io
 import textwrap
 from contextlib import contextmanager
@@ -65,11 +66,47 @@ def figure(rows=1, columns=1, size=(9, 3.6), style=None, **grid):
 def set_title(fig, title):
     """Write a title over a figure, broken into lines that fit."""
     width = int(fig.get_figwidth() * 13)
-    fig.suptitle("\n".join(textwrap.wrap(title, width)), x=0.01, ha="left", fontsize=10)
+    fig.suptitle("\n".join(textwrap.wrap(readable(title), width)), x=0.01, ha="left", fontsize=10)
+
+
+@functools.cache
+def glyphs():
+    """The characters of the font of all figures, a set of code points."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return {ord("\n"), *get_font(findfont(FontProperties())).get_charmap()}
+
+
+def readable(text):
+    """A text in which characters without a glyph are given as U+4E2D."""
+    return "".join(c if ord(c) in glyphs() else f"U+{ord(c):04X}" for c in text)
+
+
+def readable_label(func, x, position):
+    """The label of a tick that func gives, readable."""
+    return readable(func(x, position))
+
+
+def show_as_typed(fig):
+    """Texts may be those of users, so no $ begins mathematics. Numbers that matplotlib writes stay."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    numbers = set()
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        labels = {*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)}  # makes them first
+        if isinstance(formatter := axis.get_major_formatter(), FuncFormatter):  # labels that were given
+            formatter.func = functools.partial(readable_label, formatter.func)
+        else:
+            numbers |= labels
+    for text in set(fig.findobj(Text)) - numbers:
+        text.set_parse_math(False)
+        text.set_text(readable(text.get_text()))
 
 
 def to_png(fig):
     """A figure as the bytes of a PNG file."""
+    show_as_typed(fig)
     picture = io.BytesIO()
     fig.savefig(picture, format="png")
     return picture.getvalue()
@@ -79,6 +116,7 @@ def to_svg(fig, source):
     """A figure as the text of an SVG file that names its source. The same figure gives the same text."""
     import matplotlib
 
+    show_as_typed(fig)
     picture = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "reflow"}):  # otherwise ids are random
         fig.savefig(picture, format="svg", metadata={"Date": None, "Source": source})

@@ -19,7 +19,7 @@ import configurator
 import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
-from experiments.lab.lab import Lab, LabConfig, file_sha256
+from experiments.lab.lab import Lab, LabConfig, check_writable, file_sha256
 from experiments.lab.results import Figure, Result, to_json
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
@@ -62,6 +62,7 @@ class Report:
         self.figures = []
         self.gallery = ""  # preformatted text: examples, chosen and not chosen
         self._pictures = {}  # file name -> bytes
+        lab.report = self
         self._start = time.perf_counter()
         self._code_sha256 = code_sha256(experiment)  # now: a file may change while the experiment runs
 
@@ -80,6 +81,16 @@ class Report:
     def claim(self, key, fields, published=""):
         """Add a claim by its key and the fields that a rule of lab/claims.py gave."""
         self.claims.append(rules.make_claim(self.experiment, key, self.sentences[key], fields, published))
+
+    def stop(self, reason):
+        """The claims that are not decided yet are inconclusive, for a reason."""
+        decided = {claim.key for claim in self.claims}
+        source = script(self.experiment).read_text(encoding="utf-8")
+        for key in self.sentences:
+            if key not in decided:
+                kind = "signals" if f'report.signals("{key}"' in source else "effect"
+                self.claim(key, rules.missing(kind, reason))
+        self.notes.append(f"Not all was measured: {reason}.")
 
     def scores(self, metric, scores, **where):
         """Write the means of Scores to rows.csv and to numbers, under `metric`."""
@@ -242,6 +253,18 @@ def result_html(result, pictures):
     return f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>{''.join(images)}"
 
 
+def measure(run, lab, *own):
+    """The Report of run(lab, *own). If text or words do not suffice, what is left is inconclusive."""
+    lab.report = None
+    try:
+        return run(lab, *own)
+    except rules.TooFew as reason:
+        if lab.report is None:
+            raise
+        lab.report.stop(str(reason))
+        return lab.report
+
+
 def save_and_print(report):
     """Save a report; print it and where it is."""
     result = report.save()
@@ -256,7 +279,9 @@ def run_experiment(run, *configs):
 
     def main():
         config, *own = configurator.parse(LabConfig, *configs)
-        report = run(Lab(config), *own)
+        lab = Lab(config)
+        check_writable(lab.results)
+        report = measure(run, lab, *own)
         report.options = configurator.differences(*own)
         save_and_print(report)
 

@@ -10,38 +10,41 @@ import numpy as np
 import torch
 
 import hooks
-from configurator import UserError
 from data.tokenizer import encode
 from dictionary import top_k
-from experiments.lab.probes import probe
+from experiments.lab.claims import TooFew
 
 SIDES = ("positive", "negative")
 LEAST_COUNT = 3  # sightings in training that a word needs
 
 
-def templates(part):
+def templates(lab, part):
     """The prompts of a part, "dev" or "test", as lists of ids."""
-    return [encode(text).tolist() for text in probe("sentiment")["templates"][part]]
+    return [encode(text).tolist() for text in lab.probe("sentiment")["templates"][part]]
 
 
 def word_pairs(lab, part):
     """Ids of the known positive and negative words of "build" or "held_out", paired by frequency, (2, n)."""
     from scipy.optimize import linear_sum_assignment  # takes half a second to import
 
-    lists = [probe("sentiment")[side][part] for side in SIDES]
+    lists = [lab.probe("sentiment")[side][part] for side in SIDES]
     sides = [np.array(lab.words.known_all(words, LEAST_COUNT), int) for words in lists]
     if not all(map(len, sides)):
-        raise UserError("the run has not seen the sentiment words of probes/sentiment.json in training")
+        found = " and ".join(f"{len(ids)} {side}" for side, ids in zip(SIDES, sides, strict=True))
+        raise TooFew(
+            f"only {found} words of sentiment.json ({part}) are tokens that training has seen {LEAST_COUNT} "
+            "times (--probes takes other words)"
+        )
     positive, negative = (np.log(lab.words.counts[ids]) for ids in sides)
     chosen = linear_sum_assignment(np.abs(positive[:, None] - negative))
     pairs = np.stack([ids[index] for ids, index in zip(sides, chosen, strict=True)])
     return torch.from_numpy(pairs).to(lab.device)
 
 
-def lexicon(words, barred):
+def lexicon(lab, barred):
     """{side: ids (n,)} of the words of VADER's lexicon that training has seen, without the ids `barred`."""
-    lists = probe("sentiment")["lexicon"]
-    return {side: np.setdiff1d(words.known_all(lists[side], least=1), barred) for side in SIDES}
+    lists = lab.probe("sentiment")["lexicon"]
+    return {side: np.setdiff1d(lab.words.known_all(lists[side], least=1), barred) for side in SIDES}
 
 
 def direction(d, pairs, k=None):

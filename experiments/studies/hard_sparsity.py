@@ -65,9 +65,9 @@ class Probes:
 
 def known_probes(lab):
     """The Probes whose words a lab's run has seen in training."""
-    words, labels, _ = labelled(lab.words)
+    words, labels, _ = labelled(lab)
     pool, place_of = candidates(lab.words)
-    questions, target, _ = build(relations(), place_of, lab.rng("questions"), QUESTIONS)
+    questions, target, _ = build(relations(lab), place_of, lab.rng("questions"), QUESTIONS)
     return Probes(torch.from_numpy(words), labels, torch.from_numpy(pool), questions, target)
 
 

@@ -17,8 +17,8 @@ import configurator
 from checkpoint import Checkpoint
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
-from experiments.lab.lab import file_sha256, run_identity
-from experiments.lab.report import save_and_print
+from experiments.lab.lab import check_writable, file_sha256, run_identity
+from experiments.lab.report import measure, save_and_print
 from experiments.lab.results import Identity
 from hardware import count_parameters
 from model import ModelConfig
@@ -173,6 +173,8 @@ def run_study(run):
     def main():
         (config,) = configurator.parse(StudyConfig)
         folder = Path(config.out or Path(config.runs).parent)
-        save_and_print(run(Study(folder, find_runs(config.runs))))
+        study = Study(folder, find_runs(config.runs))
+        check_writable(study.results)
+        save_and_print(measure(run, study))
 
     configurator.run(main)
