@@ -20,8 +20,7 @@ import threads
 import torch
 
 from experiments.lab import Lab, Report, Scores, run_experiment
-from experiments.lab.analogies import relations
-from experiments.lab.claims import TooFew
+from experiments.lab.analogies import known_pairs
 from experiments.lab.plots import plot_scores
 
 CLAIMS = {
@@ -44,11 +43,7 @@ def overlap(d):
 
 def run(lab: Lab, config=None) -> Report:
     report = Report(lab, "template", CLAIMS)
-    pairs = [lab.words.known_all(pair) for pair in relations(lab).get("opposites", ())]
-    pairs = [pair for pair in pairs if len(pair) == 2]
-    if len(pairs) < 2:
-        raise TooFew(f"only {len(pairs)} pairs of opposites are known to this model")
-    tokens = torch.tensor(pairs).T.flatten()  # (2n,)
+    tokens = torch.tensor(known_pairs(lab, "opposites")).T.flatten()  # (2n,)
     found = lab.compare(overlap, tokens=tokens)
     shared = Scores({"native": found["own"].native, "others": found["others"].native})
     shared["step 0"] = overlap(lab.step0.dictionary.part(tokens))["own"]

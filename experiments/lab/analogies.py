@@ -42,6 +42,17 @@ def relations(lab):
     return {name: relation["pairs"] for name, relation in lab.probe("analogies").items()}
 
 
+def known_pairs(lab, relation):
+    """[[id, id], ...] of the pairs of a relation that a lab's model knows. TooFew for fewer than two."""
+    pairs = [lab.words.known_all(pair) for pair in relations(lab).get(relation, ())]
+    pairs = [pair for pair in pairs if len(pair) == 2]
+    if len(pairs) < 2:
+        raise TooFew(
+            f"only {len(pairs)} pairs of {relation} in analogies.json are words that training has seen"
+        )
+    return pairs
+
+
 def build(relations, known, rng, total):
     """About `total` questions (Q, 4), evenly over relations; the target pair (Q,) and relation (Q,) of each.
 
