@@ -2,7 +2,6 @@
 What dose of a token's own direction makes the model predict that token?
 
     python experiments/concept_inception.py --run=out/reflow-nano
-    python experiments/concept_inception.py --run=out/reflow-nano --baseline=out/gpt2-new-nano
 
 Method
     Each target token t has a held-out context of its own. alpha* is the smallest dose alpha at which

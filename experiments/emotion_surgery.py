@@ -2,7 +2,6 @@
 Does a sentiment direction made of recipes steer the model, and do a few signals carry it?
 
     python experiments/emotion_surgery.py --run=out/reflow-nano
-    python experiments/emotion_surgery.py --run=out/reflow-nano --baseline=out/gpt2-new-nano
 
 Method
     Direction: v = (mean recipe of positive words - mean recipe of negative words) @ atoms. This is the

@@ -14,8 +14,7 @@ Method
 
     Held-out z: a signal's category and sign are chosen on half of every category's words, z is of the other
     half; mean of both ways. By chance its mean is 0. Dictionaries share no signals, so a rival's values are
-    paired at random (`pair_up`), which makes it an unpaired test. Unit: a signal. Signals of one dictionary
-    share their words, so intervals over signals are of this word list, not of others.
+    paired at random (`pair_up`). Unit: a signal. The intervals hold for this word list, not for others.
 
     Class of a column, after Bloom & Lin's reading of logit weights (2024; thresholds ours): prediction or
     suppression, by the sign of the skew, if the excess kurtosis is above 3, a Laplace distribution's; else
