@@ -35,7 +35,8 @@ def paper_texts(root):
 def page():
     """The page of experiments/report.py for the released model with the paper's results."""
     record = {name: reading.result(RUN, name) for name in NAMES}
-    return report.page(checkpoint.open_run(PAPER.parent / "release" / RUN), record, {}, {}, {})
+    ckpt = checkpoint.open_run(PAPER.parent / "release" / RUN)
+    return report.page(ckpt, ckpt.results, record, {}, {}, {})
 
 
 def test_rewording_every_claim_changes_nothing_but_the_sentences(tmp_path, monkeypatch):

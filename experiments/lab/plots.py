@@ -84,7 +84,7 @@ def readable(text):
 
 def readable_label(func, x, position):
     """The label of a tick that func gives, readable."""
-    return readable(func(x, position))
+    return readable(str(func(x, position)))
 
 
 def show_as_typed(fig):

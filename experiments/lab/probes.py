@@ -57,6 +57,7 @@ class MinimalPair(TypedDict):
     correct: str
     other: str
     context: NotRequired[int]
+    template: NotRequired[str]
 
 
 class Agreement(TypedDict):
