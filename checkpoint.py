@@ -9,7 +9,6 @@ ever unpickled.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError
+from files import replace_file, sha256, shortest
 from model import ModelConfig, ReFlow
 
 WEIGHTS = ("model.safetensors", "optimizer.safetensors")
@@ -48,17 +48,8 @@ def writing(path):
 
 def write_atomically(path, text):
     """Replace the file at `path` by `text`: a reader sees the old or the new one, never half. OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(path, text.encode())
 
 
 def flush(path):
@@ -137,11 +128,6 @@ def fingerprints(folder):
     """{"sizes": bytes, "sha256": hash} of each file in a folder, for its state.json."""
     files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     return {"sizes": {f.name: f.stat().st_size for f in files}, "sha256": {f.name: sha256(f) for f in files}}
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_state(step):
@@ -301,12 +287,6 @@ def remedy(run=None, out="out"):
             return f"did you mean {shortest(places[near[0]])}?"
     trained = f", or use the trained --run={shortest(releases[0])}" if releases else ""
     return f"make one with: python train.py{trained}"
-
-
-def shortest(path):
-    """`path` as one would type it in the current folder."""
-    path = Path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @dataclass(frozen=True)

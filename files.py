@@ -1,13 +1,15 @@
 """
-Exclusive use of a folder: two commands never write the same one at once.
+Files and folders on the disk: one writer at a time, whole files, paths as one would type them.
 
     with files.lock(folder):
         ...                     a second command that asks for `folder` meanwhile stops in one line
 """
 
 import contextlib
+import hashlib
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,3 +77,46 @@ def open_beside(folder):
             if path == beside or folder.is_dir():
                 reason = error.strerror
     raise UserError(f"{folder} cannot be written: {reason}: give another folder")
+
+
+def shortest(path):
+    """`path` as one would type it in the current folder."""
+    path = Path(path).resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def sha256(path):
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def why_unwritable(folder):
+    """Make `folder`; why no file can be written in it, None if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def check_writable(folder):
+    """Make `folder`; UserError, before the work, if no file can be written in it."""
+    if reason := why_unwritable(folder):
+        raise UserError(f"{folder} cannot be written: {reason}: give another folder")
+
+
+def replace_file(path, *parts):
+    """Write bytes-like `parts` to `path` so that readers and crashes see the old or the whole new file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

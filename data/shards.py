@@ -12,14 +12,15 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
+import files
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, N_TOKENS, TOKENIZER_SHA256
+from files import check_writable, replace_file, shortest
 
 MAGIC, VERSION = 20240520, 1
 HEADER_INTS = 256
@@ -50,12 +51,6 @@ def locate(name):
     return next((place for place in places if (place / "meta.json").exists()), places[0])
 
 
-def shown(path):
-    """`path` as one would type it in the current folder."""
-    path = Path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def as_argument(folder):
     """What --dataset= takes for `folder` in any current folder, quoted for a shell: its name, or its path."""
     folder = Path(folder).resolve()
@@ -65,7 +60,7 @@ def as_argument(folder):
 
 def how_to_train(folder):
     """The command that trains on a data set, as it is typed here."""
-    script = shlex.quote(str(shown(DATA.parent / "train.py")))
+    script = shlex.quote(str(shortest(DATA.parent / "train.py")))
     return f"train on it: python {script} --dataset={as_argument(folder)}"
 
 
@@ -77,30 +72,6 @@ def disk_errors(folder, kept="what is whole stays"):
     except OSError as error:
         where, why = error.filename or folder, error.strerror or error
         raise UserError(f"{where}: {why}: {kept}; put that right, and the same command goes on") from None
-
-
-def check_writable(folder):
-    """Make `folder`; UserError, before the work, if no file can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}: give another folder") from None
-
-
-def replace_file(path, *parts):
-    """Write bytes-like `parts` to `path` so that readers and crashes see the old or the whole new file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.writelines(parts)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_shard(path, tokens):
@@ -280,13 +251,13 @@ def changes(old, new):
 def how_to_get(folder):
     """What to do about a missing data set: its prepare.py, the nearest name, else how to make one."""
     if (folder / "prepare.py").exists():
-        return f"run python {shown(folder / 'prepare.py')}"
+        return f"run python {shortest(folder / 'prepare.py')}"
     beside = [*DATA.glob("*/prepare.py"), *DATA.glob("*/meta.json"), *folder.parent.glob("*/meta.json")]
     places = {path.parent.name: path.parent for path in beside}
     if near := get_close_matches(folder.name, places, n=1):
         return f"did you mean --dataset={as_argument(places[near[0]])}?"
     source = next((path for path in (folder, Path(folder.name)) if path.exists()), "FILES")
-    script = shown(DATA / "openwebtext" / "prepare.py")
+    script = shortest(DATA / "openwebtext" / "prepare.py")
     out = shlex.quote(folder.name.split(".")[0])
     command = f"python {script} --source={shlex.quote(str(source))} --out={out}"
     return f"make it of your own text: {command}"
@@ -318,13 +289,13 @@ class Dataset:
         self.folder = Path(folder)
         self.block_size = block_size
         script = self.folder / "prepare.py"
-        prepare = f"run python {shown(script)}" if script.exists() else "run the prepare.py that writes it"
-        self.remedy = f"delete {shown(self.folder / 'meta.json')} and {prepare}"
+        prepare = f"run python {shortest(script)}" if script.exists() else "run the prepare.py that writes it"
+        self.remedy = f"delete {shortest(self.folder / 'meta.json')} and {prepare}"
         meta = read_json(self.folder / "meta.json")
         if meta is None:
-            raise UserError(f"no dataset at {shown(folder)}: {how_to_get(self.folder)}")
+            raise UserError(f"no dataset at {shortest(folder)}: {how_to_get(self.folder)}")
         if not isinstance(meta, dict):
-            raise UserError(f"{shown(self.folder / 'meta.json')} is damaged: {self.remedy}")
+            raise UserError(f"{shortest(self.folder / 'meta.json')} is damaged: {self.remedy}")
         if (meta.get("version"), meta.get("tokenizer_sha256")) != (VERSION, TOKENIZER_SHA256):
             raise UserError(
                 f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
@@ -336,7 +307,7 @@ class Dataset:
             self.tokens, self.bytes = counts["tokens"], counts["bytes"]
             entries = [(self.folder / e["file"], e["tokens"], e["sha256"]) for e in counts["shards"]]
         except (KeyError, TypeError):
-            raise UserError(f"{shown(self.folder / 'meta.json')} is damaged: {self.remedy}") from None
+            raise UserError(f"{shortest(self.folder / 'meta.json')} is damaged: {self.remedy}") from None
         self.paths = [path for path, _, _ in entries]
         self.shards = [self._open(path, n_tokens) for path, n_tokens, _ in entries]
         if verify:
@@ -361,7 +332,7 @@ class Dataset:
         if largest > 1:
             ways.append(f"give --block_size={largest - 1} or less")
         return (
-            f"{shown(self.folder)}: {split} has {where}, one window takes block_size + 1 = "
+            f"{shortest(self.folder)}: {split} has {where}, one window takes block_size + 1 = "
             f"{self.block_size + 1:,}: {', or '.join(ways)}"
         )
 
@@ -381,9 +352,8 @@ class Dataset:
 
     def _verify(self, path, shard, sha256):
         self._check_range(path, shard)
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                raise UserError(f"{path}: SHA-256 differs from meta.json: {self.remedy}")
+        if files.sha256(path) != sha256:
+            raise UserError(f"{path}: SHA-256 differs from meta.json: {self.remedy}")
 
     def _check_range(self, path, tokens):
         if (largest := tokens.max()) >= N_TOKENS:

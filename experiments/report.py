@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import threads
 
-import checkpoint
 import configurator
+import files
 from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab.claims import PLURAL
@@ -276,7 +276,7 @@ these data do not show it.</p>
 
 def place_of(ckpt):
     """A Checkpoint as --run takes it."""
-    return checkpoint.shortest(ckpt.path if ckpt.named else ckpt.run)
+    return files.shortest(ckpt.path if ckpt.named else ckpt.run)
 
 
 def main():

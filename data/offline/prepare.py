@@ -76,20 +76,10 @@ import configurator
 from configurator import UserError
 from data.offline import sources as texts
 from data.offline.sources import SOURCES
-from data.shards import (
-    DATA,
-    Writer,
-    check_writable,
-    disk_errors,
-    how_to_train,
-    locate,
-    read_json,
-    replace_file,
-    shown,
-)
+from data.shards import DATA, Writer, disk_errors, how_to_train, locate, read_json
 from data.sotu.prepare import split as sotu_split
 from data.tokenizer import encode
-from files import lock
+from files import check_writable, lock, replace_file, shortest
 
 SHINGLE = 8  # words in a row; a paragraph half of whose shingles were seen before is a near duplicate
 SAMPLE = np.uint64(8)  # one shingle in 8 is remembered, chosen by its hash
@@ -306,7 +296,7 @@ def write(cfg, folder, sources):
         shard_tokens=SHARD_TOKENS,
     )
     if writer.finished:
-        print(f"{shown(folder)} is already there: {how_to_train(folder)}")
+        print(f"{shortest(folder)} is already there: {how_to_train(folder)}")
         return None
     for tool in ("apt-get", "dpkg-deb") if cfg.debian else ():
         if not shutil.which(tool):

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
 from data import texts as local
-from data.shards import SPLITS, Writer, how_to_train, locate, shown
+from data.shards import SPLITS, Writer, how_to_train, locate
 from data.tokenizer import encode, encoding
-from files import lock
+from files import lock, shortest
 
 PAGES = 8_013_769  # in OpenWebText
 SHARDS_GB = 18
@@ -201,7 +201,7 @@ def write(cfg, folder):
 
     writer = Writer(folder, source, licence, recipe, cfg.shard_tokens)
     if writer.finished:
-        print(f"{shown(folder)} is already there: {how_to_train(folder)}")
+        print(f"{shortest(folder)} is already there: {how_to_train(folder)}")
         return None
     free = shutil.disk_usage(folder).free / 1e9 + 2e-9 * writer.tokens_in_shards()
     if whole and free < SHARDS_GB:
@@ -233,7 +233,7 @@ def write(cfg, folder):
                 raise UserError(f"{path} changed while it was read: give the same command again")
         meta = writer.finish()
     for name, counts in meta["splits"].items():
-        print(f"{shown(folder)}: {name} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        print(f"{shortest(folder)}: {name} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     print(f"{n_bytes / 1e6 / (time.perf_counter() - start):.1f} MB of text a second; {how_to_train(folder)}")
     return meta
 

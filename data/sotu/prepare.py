@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer, check_writable, how_to_train, locate, shown, user_cache
+from data.shards import Writer, how_to_train, locate, user_cache
 from data.tokenizer import encode
-from files import lock
+from files import check_writable, lock, shortest
 
 # Validation is every 42nd address from the 13th on: 1801, 1843, 1885, 1927, 1966 and 1995. Presidents quote
 # themselves and at times gave one message twice, spoken and written (1945, 1973): with this choice no
@@ -77,13 +77,13 @@ def write(folder):
         recipe={"val": [VAL_FIRST, VAL_EVERY]},
     )
     if writer.finished:
-        print(f"{shown(folder)} is already there")
+        print(f"{shortest(folder)} is already there")
         return
     for index, path in enumerate(paths):
         text = path.read_text(encoding="utf-8")
         writer.add(split(index), index, encode(text), len(text.encode()))
     for name, counts in writer.finish()["splits"].items():
-        print(f"{shown(folder)}: {name} {counts['documents']} addresses, {counts['tokens']:,} tokens")
+        print(f"{shortest(folder)}: {name} {counts['documents']} addresses, {counts['tokens']:,} tokens")
 
 
 def main():

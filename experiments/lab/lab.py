@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import checkpoint
 import configurator
 import dictionary
+import files
 import hooks
 from checkpoint import Checkpoint
 from configurator import UserError
@@ -149,11 +149,8 @@ def results_folder(ckpt, elsewhere=None):
 
 def check_writable(folder):
     """UserError if no file can be written in a folder of results."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): give --results=FOLDER") from None
+    if reason := files.why_unwritable(folder):
+        raise UserError(f"{folder} cannot be written ({reason}): give --results=FOLDER")
 
 
 class Lab:
@@ -344,8 +341,7 @@ def file_sha256(path):
 
 @functools.lru_cache
 def sha256_of_version(path, mtime_ns, size):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return files.sha256(path)
 
 
 def run_identity(ckpt):
