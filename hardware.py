@@ -13,6 +13,8 @@ import torch
 from configurator import UserError
 from model import ReFlow
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of settings
+
 # Dense half-precision peak, TFLOP/s, from the makers' data sheets; for the utilisation column (MFU).
 PEAK_TFLOPS = {
     "T4": 65,
@@ -130,7 +132,7 @@ def pick_dtype(device, name="auto"):
             name = "bf16" if any(has.get(k) for k in ("avx512_bf16", "amx_bf16", "amx_tile")) else "fp32"
         else:
             name = "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def activation_bytes(c, half):

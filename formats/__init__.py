@@ -6,7 +6,3 @@ Other people's file formats, and what export.py writes in ours.
     release.py     a run of one checkpoint without its optimiser, out
     cards.py       README.md of the folders that are written
 """
-
-import torch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

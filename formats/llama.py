@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import checkpoint
 from configurator import UserError
 from data.tokenizer import END_OF_TEXT, N_TOKENS, encoding
-from formats import DTYPES
 from formats.cards import model_card
+from hardware import DTYPES
 from model import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import checkpoint
 from data.datasets import COUNTS, dataset_of, token_counts
-from formats import DTYPES
 from formats.cards import model_card, text_licence
+from hardware import DTYPES
 
 LOSSES = ("val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
 KEPT = ("step", "config", "data_sha256", "dtype", *LOSSES)  # of state.json
