@@ -570,7 +570,7 @@ class ReFlow(nn.Module):
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
         recipes = self.vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
-        with packed([*self.parameters(), recipes], len(rows)):
+        with packed([*self.blocks.parameters(), recipes], len(rows)):
             for _ in range(max_new_tokens):
                 fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
                 if use_cache and fresh == starts:
