@@ -9,6 +9,7 @@ import torch
 import checkpoint
 from data.shards import Writer
 from data.tokenizer import END_OF_TEXT, encode, encoding
+from dictionary import Dictionary
 from experiments.lab import Lab, LabConfig
 from experiments.lab.probes import probe
 from model import ModelConfig, ReFlow
@@ -33,6 +34,19 @@ def corpus(folder, seed=0, repeats=12, n_words=None):
         split = "val" if i % 4 == 1 else "train"
         if writer.wants(split, i):
             line = "".join(f" {w}" for w in part)
+            writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
+    writer.finish()
+    return folder
+
+
+def corpus_of_pairs(folder, pairs, times):
+    """Write a dataset: pairs of words in random order, pair i times[i] times."""
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(pairs)), times))
+    writer = Writer(folder, source="pairs of words in random order", licence="none", recipe={})
+    for i, part in enumerate(np.array_split(order, len(order) // 100)):
+        split = "val" if i % 3 == 1 else "train"
+        if writer.wants(split, i):
+            line = "".join(f" {word}" for j in part for word in pairs[j])
             writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
     writer.finish()
     return folder
@@ -102,3 +116,39 @@ def token(word):
     """The id of " word"."""
     (found,) = encoding().encode_ordinary(" " + word)
     return found
+
+
+def planted_pairs(pairs, sides=(), turn=False):
+    """Blocks that do nothing; the words of a pair share most of a sparse recipe; rows of length 1.
+
+    `sides`: two lists of words that have +1 and -1 of signal 0. `turn`: the same E and the same function,
+    with the signals rotated at random.
+    """
+    model = silent(tiny())
+    generator = torch.Generator().manual_seed(1)
+    codes = 0.02 * torch.randn(model.vocab.recipe.shape, generator=generator)
+    for i, pair in enumerate(pairs):
+        for word in pair:
+            own = torch.randint(1, 16, (1,), generator=generator)
+            codes[token(word), 1 + i % 15] += 1.0
+            codes[token(word), own] += 0.5
+    for side, sign in zip(sides, (1, -1), strict=False):
+        codes[[token(word) for word in side], 0] = sign * 1.0
+    used = sorted({token(word) for pair in pairs for word in pair})
+    codes[used] /= codes[used].norm(dim=1, keepdim=True)  # of equal rows none outdoes another along itself
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q if turn else torch.eye(16)
+    with torch.no_grad():
+        model.vocab.recipe.copy_(codes @ rotation)
+        model.vocab.basis.copy_(rotation.T @ basis)
+    return model
+
+
+def planted_recipes(seed, is_sparse, v=400, s=16):
+    """A Dictionary: recipes of one strong signal each, or Gaussian ones, which are alike in any rotation."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(v, s, generator=generator)
+    if is_sparse:
+        codes = 0.05 * codes
+        codes[torch.arange(v), torch.arange(v) % s] = 1.0
+    return Dictionary("native", codes, torch.linalg.qr(torch.randn(s, s, generator=generator)).Q)

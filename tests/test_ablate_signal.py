@@ -7,12 +7,11 @@ import dictionary
 import hooks
 from attribution import Prediction, contributions
 from configurator import UserError
-from dictionary import Dictionary
 from experiments import ablate_signal
 from experiments.lab import Scores
 from experiments.lab.claims import N_GAUGES, signals
 from experiments.lab.results import read_result
-from tests.lab_fixtures import corpus, open_lab, save_run, tiny
+from tests.lab_fixtures import corpus, open_lab, planted_recipes, save_run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +70,6 @@ def test_n_90_by_hand():
     assert ablate_signal.n_90(rows).tolist() == [1, 3, 2]
 
 
-def planted(seed, is_sparse, v=400, s=16):
-    """Recipes of one strong signal each, or Gaussian ones, which are alike in any rotation."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn(v, s, generator=generator)
-    if is_sparse:
-        codes = 0.05 * codes
-        codes[torch.arange(v), torch.arange(v) % s] = 1.0
-    return Dictionary("native", codes, torch.linalg.qr(torch.randn(s, s, generator=generator)).Q)
-
-
 def concentration(d, seed, n=60):
     """n_90 of the logit difference of random token pairs at random streams, (n,)."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +83,7 @@ def count_special(is_sparse):
     """In how many of 20 seeds a planted dictionary is found more concentrated than its rotations."""
     n_found = 0
     for seed in range(20):
-        d = planted(seed, is_sparse)
+        d = planted_recipes(seed, is_sparse)
         generator = torch.Generator().manual_seed(100 + seed)
         gauges = [concentration(dictionary.rotated(d, generator), seed) for _ in range(N_GAUGES)]
         claim = signals(Scores({"native": concentration(d, seed)}, gauges), "prompts", lower=True)
@@ -108,7 +97,7 @@ def test_planted_signals_are_found_and_a_rotation_of_nothing_is_not():
 
 
 def test_the_signal_that_alone_drives_one_token_is_the_strongest():
-    d = planted(0, is_sparse=True)
+    d = planted_recipes(0, is_sparse=True)
     h = 8 * d.atoms[[3, 11]] + 0.1 * d.atoms[[5, 6]]
     p = (h @ d.matrix().T).softmax(-1)
     pred = Prediction(h, p, target=torch.tensor([3, 11]), foil=torch.tensor([5, 6]))

@@ -5,11 +5,20 @@ import pytest
 import torch
 
 import hooks
-from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode
 from experiments import concept_inception
 from experiments.lab import Subject
-from tests.lab_fixtures import ids, loud, open_lab, save_run, silent, tiny, token, words
+from tests.lab_fixtures import (
+    corpus_of_pairs,
+    ids,
+    loud,
+    open_lab,
+    planted_pairs,
+    save_run,
+    silent,
+    tiny,
+    token,
+    words,
+)
 
 COARSE = (0.25, 1.0, 4.0, 64.0)  # a grid that takes less time
 
@@ -23,39 +32,11 @@ def pairs():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A corpus of word pairs in random order."""
-    folder = tmp_path_factory.mktemp("data")
-    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(pairs())), 12))
-    writer = Writer(folder, source="pairs of words in random order", licence="none", recipe={})
-    for i, part in enumerate(np.array_split(order, len(order) // 100)):
-        split = "val" if i % 3 == 1 else "train"
-        if writer.wants(split, i):
-            line = "".join(f" {word}" for j in part for word in pairs()[j])
-            writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
-    writer.finish()
-    return folder
+    return corpus_of_pairs(tmp_path_factory.mktemp("data"), pairs(), 12)
 
 
 def planted(turn=False):
-    """Blocks that do nothing; the words of a pair share most of a sparse recipe; rows of length 1.
-
-    `turn`: the same E and the same function, with the signals rotated at random.
-    """
-    model = silent(tiny())
-    generator = torch.Generator().manual_seed(1)
-    codes = 0.02 * torch.randn(model.vocab.recipe.shape, generator=generator)
-    for i, pair in enumerate(pairs()):
-        for word in pair:
-            own = torch.randint(1, 16, (1,), generator=generator)
-            codes[token(word), 1 + i % 15] += 1.0
-            codes[token(word), own] += 0.5
-    used = sorted({token(word) for pair in pairs() for word in pair})
-    codes[used] /= codes[used].norm(dim=1, keepdim=True)  # of equal rows none outdoes another along itself
-    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
-    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q if turn else torch.eye(16)
-    with torch.no_grad():
-        model.vocab.recipe.copy_(codes @ rotation)
-        model.vocab.basis.copy_(rotation.T @ basis)
-    return model
+    return planted_pairs(pairs(), turn=turn)
 
 
 @pytest.fixture(scope="module")

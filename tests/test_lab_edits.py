@@ -8,7 +8,7 @@ import hooks
 from data.words import Words
 from experiments.lab import Subject, edits
 from tests.lab_fixtures import open_lab, save_run, tiny
-from tests.sentiment_fixtures import corpus_of_pairs
+from tests.sentiment_fixtures import sentiment_corpus
 
 
 def log_odds(net, contexts, old):
@@ -73,7 +73,7 @@ def test_no_edit_does_no_damage():
 
 
 def test_contexts_end_in_their_tokens(tmp_path):
-    lab = open_lab(save_run(tmp_path / "run", tiny(), corpus_of_pairs(tmp_path / "data")))
+    lab = open_lab(save_run(tmp_path / "run", tiny(), sentiment_corpus(tmp_path / "data")))
     rng = np.random.default_rng(0)
     tokens, contexts = edits.find_contexts(*lab.heldout(500, 32), lab.words.known_tokens(), 10, rng)
     assert len(set(tokens)) == 10 and contexts.shape == (10, edits.N_CONTEXTS, edits.LENGTH + 1)

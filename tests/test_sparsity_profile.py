@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import hooks
-from dictionary import Dictionary, rotated
+from dictionary import rotated
 from experiments import sparsity_profile
 from experiments.lab.claims import N_GAUGES, Scores, signals
 from experiments.lab.results import read_result
 from experiments.lab.stats import gini
-from tests.lab_fixtures import corpus, open_lab, save_run, silent, tiny, token, words
+from tests.lab_fixtures import corpus, open_lab, planted_recipes, save_run, silent, tiny, token, words
 from tests.spaces_fixtures import files_are_there, verdicts
 
 
@@ -52,22 +52,12 @@ def test_measures_of_even_rows_and_of_rows_with_one_entry():
     assert sparsity_profile.participation(single)[0] == pytest.approx(1 / 50)
 
 
-def planted(seed, sparse, v=400, s=16):
-    """Recipes of one strong signal each, or Gaussian ones, which are alike in any rotation."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randn(v, s, generator=generator)
-    if sparse:
-        codes = 0.05 * codes
-        codes[torch.arange(v), torch.arange(v) % s] = 1.0
-    return Dictionary("native", codes, torch.linalg.qr(torch.randn(s, s, generator=generator)).Q)
-
-
 @pytest.mark.parametrize(("sparse", "least", "most"), [(True, 20, 20), (False, 0, 4)])
 def test_planted_sparsity_is_special_and_a_rotation_of_nothing_is_not(sparse, least, most):
     """By chance 1 of 20 Gaussian ones is expected; more than 4 have a probability below 0.3 %."""
     n_supported = 0
     for seed in range(20):
-        d = planted(seed, sparse)
+        d = planted_recipes(seed, sparse)
         generator = torch.Generator().manual_seed(100 + seed)
         gauges = [gini(rotated(d, generator).codes.numpy()) for _ in range(N_GAUGES)]
         found = signals(Scores({"native": gini(d.codes.numpy())}, gauges), "tokens")
