@@ -16,6 +16,7 @@ rounding), nor on how often the run was evaluated, killed and resumed.
 
 import contextlib
 import math
+import os
 import shlex
 import signal
 import sys
@@ -209,17 +210,21 @@ def main():
         return
     try:
         with files.lock(run) if rank == 0 else contextlib.nullcontext():
-            train(m, c, run)
+            status = train(m, c, run)
     except BrokenPipeError:  # train.py | head
         raise
     except OSError as error:  # a full disk, above all
         kept, _, _ = checkpoint.newest_whole(run)
         remedy = f"{kept} is whole; go on from it with: {command(c)}" if kept else "no checkpoint was saved"
         raise UserError(f"{error.filename or run}: {error.strerror or error}: {remedy}") from None
+    leave(status)
 
 
 def train(m, c, run):
-    """Train the model `m` by the settings `c` in the folder `run`, from the newest whole checkpoint there."""
+    """Train the model `m` by the settings `c` in the folder `run`, from the newest whole checkpoint there.
+
+    Returns the exit status: 0 at the last step, 128 + the signal's number if a signal came before.
+    """
     rank, local, world = processes()
     first = rank == 0
 
@@ -439,10 +444,25 @@ def train(m, c, run):
     else:
         whole = f"; over the whole validation split: {show(whole_val_loss)}" if whole_val_loss else ""
         say(f"finished {run} at step {step}{whole}")
-    if world > 1:
-        dist.destroy_process_group()
     if step < c.max_steps:
-        raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))  # so that `make demo` stops, too
+        return 128 + (asked[0] if asked else signal.SIGTERM)  # so that `make demo` stops, too
+    return 0
+
+
+def leave(status):
+    """End this process with an exit status.
+
+    One of several ends without Python's finalization. The threads of a process group that trained a
+    DistributedDataParallel outlive it. If one of them asks for the interpreter while that is taken down, the
+    process aborts, after its work is done (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
