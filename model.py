@@ -215,6 +215,8 @@ def linear(x, weight):
     """
     rows, large = x.numel() // x.size(-1), weight.numel() > 2**22
     packed = getattr(weight, "packed", None)
+    if rows == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     if packed is not None and rows <= FEW_ROWS and x.dtype == weight.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
@@ -222,7 +224,7 @@ def linear(x, weight):
         return F.linear(x, weight)
     few = x.reshape(rows, -1).contiguous()
     few = few if rows > 1 else few.repeat(4, 1)
-    return (weight @ few.T)[:, :rows].T.reshape(*x.shape[:-1], -1)
+    return (weight @ few.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -339,9 +341,14 @@ def rope_table(length, head_dim, base, device):
 
 
 def rotate(x, cos, sin):
-    """Rotate adjacent pairs of x (B, H, T, D); cos and sin (T, D / 2) or (B, 1, T, D / 2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, head_dim / 2) each; times fp32 angles gives fp32
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    """Rotate adjacent pairs of x (B, H, T, D); cos and sin (T, D / 2) or (B, 1, T, D / 2), fp32."""
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))  # (B, H, T, D / 2, 2)
+    if x.device.type == "cpu":  # as complex numbers: a third of the passes over memory, the same bits
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        a, b = pairs.unbind(-1)  # (B, H, T, D / 2) each
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
 
 
 class KVCache:
@@ -474,6 +481,16 @@ class Attention(nn.Module):
         return self.o(y)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        """x (..., d) -> (..., d). For a single row, a CPU's time is the number of operations: 3, not 9."""
+        single = x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if not single:
+            return super().forward(x)
+        length = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
+        return x * (length**2 / x.numel() + self.eps) ** -0.5 * self.weight
+
+
 class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -488,9 +505,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm2 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
         self.dropout = config.dropout
 
@@ -505,7 +522,7 @@ class ReFlow(nn.Module):
         self.config = config
         self.vocab = VOCABS[config.vocab](config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.activation_checkpointing = False  # recompute blocks in backward: less memory, a third more work
         self.reset_parameters()
 
@@ -570,7 +587,7 @@ class ReFlow(nn.Module):
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
         recipes = self.vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
-        with packed([*self.blocks.parameters(), recipes], len(rows)):
+        with packed([*self.blocks.parameters(), recipes] if len(rows) > 1 else [], len(rows)):
             for _ in range(max_new_tokens):
                 fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
                 if use_cache and fresh == starts:
