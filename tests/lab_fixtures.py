@@ -52,9 +52,12 @@ def corpus_of_pairs(folder, pairs, times):
     return folder
 
 
-def save_run(folder, model, data, step=1, val_loss=9.0, start=999):
-    """Save a model as the run `folder`, after another start as its step 0, unless it is that itself."""
-    train = {"dataset": str(data), "seed": 0, "batch_size": 0}
+def save_run(folder, model, data, step=1, val_loss=9.0, start=999, **how):
+    """Save a model as the run `folder`, after another start as its step 0, unless it is that itself.
+
+    `how`: settings of its training; without them it has no null model of shuffled text.
+    """
+    train = {"dataset": str(data), "seed": 0, "batch_size": 0} | how
     state = {
         "config": {"model": asdict(model.config), "train": train},
         "val_loss": val_loss,

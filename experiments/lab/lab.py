@@ -26,6 +26,7 @@ from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT
 from data.words import LEAST_COUNT
 from dictionary import Dictionary
+from experiments.lab import nulls
 from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
 from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
@@ -50,7 +51,7 @@ class LabConfig:
 class Subject:
     """A model under study, and the dictionary that is studied in it (None: its own)."""
 
-    name: str  # reflow, baseline, step 0 or shuffled
+    name: str  # reflow, baseline, step 0, noise, shuffled text or shuffled
     net: ReFlow
     val_loss: float | None = None
     dictionary: Dictionary = None
@@ -199,6 +200,40 @@ class Lab:
             torch.manual_seed(train.get("seed", self.seed))
             net = ReFlow(ModelConfig(**self.checkpoint.model_config))
         return Subject("step 0", net.to(self.device).eval())
+
+    @functools.cached_property
+    def noise(self):
+        """Step 0 plus Gaussian noise as long as what training added."""
+        generator = torch.Generator().manual_seed(int(self.rng("noise").integers(2**31)))
+        return Subject("noise", nulls.add_noise(self.step0.net, self.model.net, generator).eval())
+
+    @functools.cached_property
+    def shuffled_text(self):
+        """Step 0 trained on the run's tokens in random order, kept beside the run; None if there is none."""
+        folder = (self.results if self.config.results else self.checkpoint.run) / "nulls"
+        found = nulls.shuffled_text(self.checkpoint, self.step0.net, self.words.counts, folder)
+        return found and open_subject("shuffled text", found, self.device)
+
+    @property
+    def nulls(self):
+        """{name: Subject} of the models that no text has taught, the controls of an effect (lab/nulls.py).
+
+        "step 0", "noise" and, where it can be had, "shuffled text". The report in the making says what they
+        are.
+        """
+        found = {"step 0": self.step0, "noise": self.noise, "shuffled text": self.shuffled_text}
+        if self.report is not None:
+            self.report.about_nulls(self.about_nulls())
+        return {name: subject for name, subject in found.items() if subject is not None}
+
+    def about_nulls(self):
+        """{name: text} of what the null models of this run are."""
+        start = "the run's own start" if self.step0.checkpoint else "a fresh start of the same shape"
+        found = {"step 0": start, "noise": f"{start} plus noise as long as what training added"}
+        steps, why_none = nulls.steps_of(self.checkpoint)
+        share = f"{steps:,} of the run's {self.checkpoint.step:,} steps"
+        found["shuffled text"] = f"missing: {why_none}" if why_none else f"{start}, trained for {share}"
+        return found
 
     @functools.cached_property
     def shuffled(self):

@@ -25,6 +25,8 @@ COLOURS = {
     "ica": "#D55E00",
     "baseline": "#009E73",
     "step 0": "#CC79A7",
+    "noise": "#999999",
+    "shuffled text": "#F0E442",
     "shuffled": "#56B4E9",
     "shuffled labels": "#56B4E9",
     "diffmean": "#F0E442",

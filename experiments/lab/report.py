@@ -101,6 +101,13 @@ class Report:
         if not where:
             self.numbers[metric] = scores.means()
 
+    def about_nulls(self, texts):
+        """Say what the null models are, {name: text}: in numbers, and in a note if one is missing."""
+        if "nulls" not in self.numbers:
+            missing = [f"{name} {text}" for name, text in texts.items() if text.startswith("missing")]
+            self.notes += [f"A null model is not among the controls, {text}." for text in missing]
+        self.numbers["nulls"] = texts
+
     def row(self, metric, value, **where):
         """One line of rows.csv; `where` are the other COLUMNS."""
         unknown = where.keys() - set(COLUMNS)

@@ -1,0 +1,118 @@
+"""Null models: noise as long as the training; shuffled text of the run's own tokens, trained on once."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from experiments.lab import Report, nulls
+from tests.lab_fixtures import corpus, open_lab, save_run, tiny
+
+HOW = {
+    "batch_size": 64,
+    "micro_batch_size": 16,
+    "max_steps": 3,
+    "warmup_steps": 1,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps, as if it had been trained on a corpus."""
+    data = corpus(tmp_path_factory.mktemp("data"))
+    return save_run(tmp_path_factory.mktemp("out") / "run", tiny(), data, step=3, **HOW)
+
+
+@pytest.fixture(scope="module")
+def lab(run):
+    return open_lab(run)
+
+
+def moved(subject, start):
+    """{name: how far each weight is from the start, rows of the vocabulary one by one}."""
+    origin = dict(start.net.named_parameters())
+    found = {}
+    for name, weight in subject.net.named_parameters():
+        rows = {"dim": 1} if name.startswith("vocab.") else {}
+        found[name] = (weight - origin[name]).detach().norm(**rows)
+    return found
+
+
+def test_noise_moves_every_weight_as_far_as_training_did_in_another_direction(lab):
+    trained, noise = moved(lab.model, lab.step0), moved(lab.noise, lab.step0)
+    for name, length in trained.items():
+        torch.testing.assert_close(noise[name], length, rtol=1e-3, atol=1e-5)
+    change = (lab.model.net.vocab.recipe - lab.step0.net.vocab.recipe).flatten()
+    other = (lab.noise.net.vocab.recipe - lab.step0.net.vocab.recipe).flatten()
+    assert abs(torch.cosine_similarity(change, other, dim=0)) < 0.01
+
+
+def test_shuffled_tokens_are_the_tokens_of_the_run_in_another_order():
+    counts = np.array([3, 0, 2, 5])
+    text = nulls.shuffled_tokens(counts, np.random.default_rng(0))
+    assert np.bincount(text, minlength=4).tolist() == counts.tolist()
+    assert (np.diff(text.astype(int)) < 0).any()
+
+
+def test_a_run_has_three_nulls_and_trains_the_last_one_once(run, lab, monkeypatch):
+    assert list(lab.nulls) == ["step 0", "noise", "shuffled text"]
+    found = lab.nulls["shuffled text"]
+    assert found.checkpoint.step == 3 and found.val_loss < lab.step0.net.config.vocab_size
+    assert found.checkpoint.run.parent == run / "nulls"
+    start = checkpoint.load_model(found.checkpoint.run / "step_000000")[0]
+    for name, weight in lab.step0.net.state_dict().items():
+        assert torch.equal(weight, start.state_dict()[name]), name
+    assert any(length.max() > 0 for length in moved(found, lab.step0).values())
+    assert not list(run.glob("nulls/.*")), "what the training left behind"
+    assert checkpoint.runs(run.parent) == [run], "the newest run is never a null model"
+
+    monkeypatch.setattr(nulls, "train", None)  # a second lab must not train again
+    again = open_lab(run, seed=1).shuffled_text
+    assert torch.equal(again.E, found.E)
+
+
+def test_a_run_that_cannot_be_written_keeps_its_null_in_the_cache(run, lab, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nulls.files, "why_unwritable", lambda folder: "Read-only file system")
+    folders = []
+
+    def train(folder, *rest):
+        folders.append(folder)
+        save_run(folder, tiny(2), tmp_path, step=3)
+
+    monkeypatch.setattr(nulls, "train", train)
+    found = nulls.shuffled_text(lab.checkpoint, lab.step0.net, lab.words.counts, tmp_path / "elsewhere")
+    assert folders == [found.run] and found.run.parent == tmp_path / "reflow" / "nulls"
+
+
+def test_what_cannot_be_trained_is_missing_and_the_report_says_why(run, lab, monkeypatch):
+    state = lab.checkpoint.state
+    unknown = replace(lab.checkpoint, state=state | {"config": state["config"] | {"train": {}}})
+    untrained = replace(lab.checkpoint, state=state | {"step": 0})
+    assert nulls.steps_of(lab.checkpoint) == (3, "")
+    assert nulls.steps_of(unknown) == (0, "how the run was trained is not known")
+    assert nulls.steps_of(untrained) == (0, "the run is untrained")
+    long = replace(lab.checkpoint, state=state | {"step": 10**9})
+    steps, _ = nulls.steps_of(long)
+    assert nulls.LEAST_STEPS < steps < 10**9
+    monkeypatch.setattr(nulls, "BUDGET", 1e9)
+    assert nulls.steps_of(long)[0] == 0 and "need more than 1e+09" in nulls.steps_of(long)[1]
+    fresh = open_lab(run)
+    assert list(fresh.nulls) == ["step 0", "noise"]
+    assert fresh.about_nulls()["shuffled text"].startswith("missing: ")
+    report = Report(fresh, "template", {})
+    assert list(fresh.nulls) == ["step 0", "noise"]
+    assert report.numbers["nulls"] == fresh.about_nulls()
+    assert len(report.notes) == 1 and "shuffled text" in report.notes[0]
+
+
+def test_a_run_cut_short_warms_up_for_the_same_share_of_its_steps(lab):
+    state = lab.checkpoint.state
+    train = state["config"]["train"] | {"max_steps": 1000, "warmup_steps": 100}
+    long = replace(lab.checkpoint, state=state | {"step": 1000, "config": state["config"] | {"train": train}})
+    settings = nulls.settings_of(long, 250)
+    assert settings["max_steps"] == 250 and settings["warmup_steps"] == 25 and settings["lr"] == 1e-2
