@@ -108,6 +108,20 @@ def keep_freed_memory():
 ONE_THREAD = 2**27  # bytes of weights up to which one thread generates as fast as two (LOG.md)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """torch and numpy on one thread of the CPU: results do not depend on how many it has."""
+    from threadpoolctl import threadpool_limits  # of scikit-learn
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pick_threads(model):
     """Let one thread compute where threads would mostly wait: generation with a small model on a CPU.
 

@@ -1,27 +1,34 @@
 """
-Scores, and the two rules that turn them into verdicts.
+Scores, and the rules that turn them into verdicts.
 
     effect    The measured value beats chance. For every control (untrained model, shuffled recipes, random
               direction, ...) the lower end of the 95 % bootstrap interval of the paired difference must be
               above zero.
-    signals   The learned dictionary is special. It must beat all of at least 19 random changes of itself that
-              leave the model's function as it is: if it were one of them, that had a probability of 5 %. And
-              it must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
+    signals   The learned dictionary is special. It must beat all but 5 % of at least 19 random changes of
+              itself that leave the model's function as it is: if it were one of them, that had a probability
+              of 5 %. And it must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
+    gauge     A description: the value in this gauge, in rival spaces, and its range over random gauges. What
+              depends on the gauge through cosines alone cannot see axes, so there is no p and no verdict.
 
 A claim is inconclusive if there are fewer than 20 independent units, no control, fewer than 19 random
-changes, or if a difference is not a number. A gain below 1e-5 of the mean measured size counts as rounding,
-not as a gain. No other threshold exists.
+changes, if a rival is missing, or if a difference is not a number. A gain below 1e-5 of the mean measured
+size counts as rounding, not as a gain. No other threshold exists. The random changes are the same for all
+claims of a run, so its signals claims are not independent of one another.
 """
+
+from dataclasses import fields
 
 import numpy as np
 
 from configurator import UserError
-from experiments.lab.results import Claim, Estimate
+from experiments.lab.results import Claim, Estimate, Outcome
 from experiments.lab.stats import estimate, t_interval
 
 LEAST_UNITS = 20  # independent units below which a claim is inconclusive
 N_GAUGES = 19  # random changes of the dictionary: the fewest that can give p = 0.05
 ROUNDING = 1e-5  # of the mean measured size
+VERDICTS = ("not supported", "inconclusive", "supported")  # the weakest first
+OUTCOME = [field.name for field in fields(Outcome)]
 PLURAL = {"rotation": "rotations", "skewed": "skewed gauges"}  # of Scores.gauge, in texts
 
 
@@ -33,13 +40,15 @@ class Scores(dict):
     """{name: values (n, ...)}, one value a unit, of one measurement on several dictionaries or models.
 
     "native" is the run's own. `gauges` (K, n, ...) holds the same for K random changes of the native
-    dictionary (None where they make no sense); `gauge` says of which kind these are.
+    dictionary (None where they make no sense); `gauge` says of which kind these are. `missing`: {rival that
+    could not be found: why}.
     """
 
-    def __init__(self, values=(), gauges=None, gauge="rotation"):
+    def __init__(self, values=(), gauges=None, gauge="rotation", missing=None):
         super().__init__({name: to_numpy(v) for name, v in dict(values).items()})
         self.gauges = None if gauges is None else np.stack([to_numpy(v) for v in gauges])
         self.gauge = gauge
+        self.missing = dict(missing or {})
 
     def __setitem__(self, name, values):
         super().__setitem__(name, to_numpy(values))
@@ -56,7 +65,7 @@ class Scores(dict):
     def map(self, f):
         """The Scores of f(values) for every entry, for example one column of values (n, L)."""
         gauges = None if self.gauges is None else np.stack([f(values) for values in self.gauges])
-        return Scores({name: f(values) for name, values in self.items()}, gauges, self.gauge)
+        return Scores({name: f(values) for name, values in self.items()}, gauges, self.gauge, self.missing)
 
     def means(self):
         """{name: mean}, a list for the gauges."""
@@ -71,22 +80,29 @@ def to_numpy(values):
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, float)
 
 
-def effect(scores, unit, against=None, groups=None, lower=False):
+def effect(scores, unit, against=None, groups=None, lower=False, clusters=None):
     """Does scores.native (n,) beat each control named in `against` (None: all others)? Fields of a Claim.
 
-    `groups` (n,): units that are not independent of one another. `lower`: smaller is better.
+    `groups` (n,): units that are not independent of one another. `lower`: smaller is better. `clusters`:
+    (name, (n,)), what units share, for example ("signals", the strongest one of each prompt): the evidence
+    rests on that many, and they are resampled before the units in them.
     """
     measured = scores.native
     controls = scores.rivals if against is None else {name: scores[name] for name in against}
+    missing = {name: why for name, why in scores.missing.items() if against is None or name in against}
     n = len(measured) if groups is None else len(np.unique(groups))
+    shared, cluster = clusters or ("", None)
     sign = -1 if lower else 1
-    gains = {name: estimate(sign * (measured - values), groups) for name, values in controls.items()}
+    gains = {name: estimate(sign * (measured - v), groups, cluster) for name, v in controls.items()}
     overflowed = [name for name, gain in gains.items() if np.isnan(gain.low)]
     weakest = min(gains, key=lambda name: gains[name].low, default=None)
     if overflowed:
         weakest = overflowed[0]
 
-    if weakest is None:
+    if missing:
+        name, why = next(iter(missing.items()))
+        verdict, reason = "inconclusive", f"{name} is missing: {why}"
+    elif weakest is None:
         verdict, reason = "inconclusive", "no control"
     elif n < LEAST_UNITS:
         verdict, reason = "inconclusive", f"only {n} {unit}"
@@ -96,49 +112,99 @@ def effect(scores, unit, against=None, groups=None, lower=False):
         is_gain = gains[weakest].low > ROUNDING * np.abs(measured).mean()
         verdict = "supported" if is_gain else "not supported"
         reason = f"gain over {weakest}: {gains[weakest]}"
+    rests_on = {} if cluster is None else {shared: len(np.unique(cluster))}
     return {
         "kind": "effect",
         "verdict": verdict,
-        "reason": reason,
+        "reason": reason + "".join(f"; rests on {many} distinct {name}" for name, many in rests_on.items()),
         "unit": unit,
         "n": n,
-        "measured": estimate(measured, groups),
-        "controls": {name: estimate(values, groups) for name, values in controls.items()},
+        "rests_on": rests_on,
+        "measured": estimate(measured, groups, cluster),
+        "controls": {name: estimate(values, groups, cluster) for name, values in controls.items()},
         "gain": gains.get(weakest),
         "weakest": weakest,
         "lower": lower,
     }
 
 
-def signals(scores, unit, against=None, groups=None, lower=False):
+def signals(scores, unit, against=None, groups=None, lower=False, clusters=None):
     """Fields of a Claim: the native dictionary beats scores.gauges (K, n) and the rivals in `against`."""
-    found = effect(scores, unit, against, groups, lower)
+    found = effect(scores, unit, against, groups, lower, clusters)
     sign = -1 if lower else 1
     means = np.asarray(scores.gauges, float).mean(1)  # (K,)
     n_gauges = len(means)
-    p = float((1 + (sign * means >= sign * np.mean(scores.native)).sum()) / (n_gauges + 1))
+    beaten = sign * means < sign * np.mean(scores.native)  # one that is not a number is not beaten
+    p = float((1 + (~beaten).sum()) / (n_gauges + 1))
     plural = PLURAL[scores.gauge]
     beats = bool(p <= 0.05)
+    many = n_gauges if beaten.all() else f"{beaten.sum()} of {n_gauges}"
+    ranked = f"beats {many} {plural} (p = {p:.2g})"
 
     if found["n"] < LEAST_UNITS or n_gauges < N_GAUGES:
         verdict, reason = "inconclusive", f"only {found['n']} {unit}, {n_gauges} {plural}"
+    elif scores.missing and found["verdict"] == "inconclusive":
+        verdict, reason = "inconclusive", found["reason"]
     elif not beats:
-        verdict, reason = "not supported", f"random {plural} do as well (p = {p:.2f}, {n_gauges} {plural})"
+        verdict, reason = "not supported", f"random {plural} do as well: {ranked}"
     elif found["controls"] and found["verdict"] != "supported":
-        verdict, reason = found["verdict"], f"beats {n_gauges} {plural} (p = {p:.2f}), but: {found['reason']}"
+        verdict, reason = found["verdict"], f"{ranked}, but: {found['reason']}"
     else:
         also = f"; {found['reason']}" if found["controls"] else ""
-        verdict, reason = "supported", f"beats {n_gauges} {plural} (p = {p:.2f}){also}"
+        verdict, reason = "supported", f"{ranked}{also}"
     return found | {
         "kind": "signals",
         "verdict": verdict,
         "reason": reason,
         "gauge": scores.gauge,
         "n_gauges": n_gauges,
-        "gauges": Estimate(float(means.mean()), float(means.min()), float(means.max())),
+        "gauges": over_gauges(means),
         "beats_gauges": beats,
         "p": p,
     }
+
+
+def gauge(scores, unit, groups=None):
+    """Fields of a Claim that describes: the value in the learned gauge, in each rival space, in others."""
+    means = np.asarray(scores.gauges, float).mean(1)  # (K,)
+    drawn = over_gauges(means)
+    measured = estimate(scores.native, groups)
+    return {
+        "kind": "gauge",
+        "verdict": "description",
+        "reason": f"{measured.value:.4g}; {PLURAL[scores.gauge]} from {drawn.low:.4g} to {drawn.high:.4g}",
+        "unit": unit,
+        "n": len(scores.native) if groups is None else len(np.unique(groups)),
+        "measured": measured,
+        "controls": {name: estimate(values, groups) for name, values in scores.rivals.items()},
+        "gauge": scores.gauge,
+        "n_gauges": len(means),
+        "gauges": drawn,
+    }
+
+
+def over_gauges(means):
+    """Mean, smallest and largest of the means (K,) over random gauges, an Estimate."""
+    return Estimate(float(means.mean()), float(means.min()), float(means.max()))
+
+
+def weaker(outcomes):
+    """Fields of a Claim that holds only if it holds in each of {name: fields}: those of the weakest outcome.
+
+    Weakest: not supported before inconclusive before supported, then the gain with the lowest lower end in
+    units of the mean measured size.
+    """
+
+    def strength(name):
+        found = outcomes[name]
+        gain = found.get("gain")
+        low = -np.inf if gain is None or np.isnan(gain.low) else gain.low
+        return VERDICTS.index(found["verdict"]), low / max(abs(found["measured"].value), 1e-30)
+
+    weakest = min(outcomes, key=strength)
+    parts = [f"{name}: {found['verdict']}, {found['reason']}" for name, found in outcomes.items()]
+    also = {name: Outcome(**{key: found.get(key) for key in OUTCOME}) for name, found in outcomes.items()}
+    return outcomes[weakest] | {"reason": ". ".join(parts), "outcomes": also, "decided_by": weakest}
 
 
 def below(values, limit, unit, controls=None):

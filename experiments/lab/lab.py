@@ -30,7 +30,7 @@ from experiments.lab import nulls
 from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
 from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
-from hardware import keep_freed_memory, pick_device
+from hardware import keep_freed_memory, one_thread, pick_device
 from model import ModelConfig, ReFlow
 
 
@@ -167,6 +167,7 @@ class Lab:
         self.own_probes = own_probes(Path(self.config.probes)) if self.config.probes else {}
         self.report = None  # the Report that is being made
         self._rivals = {}  # name of a subject -> its PCA and ICA
+        self.missing = {}  # name of a subject -> {rival that could not be found: why}
 
     @property
     def results(self):
@@ -267,28 +268,45 @@ class Lab:
 
     # -- dictionaries -------------------------------------------------------------------------------
 
-    def gauges(self, native, change=dictionary.rotated):
-        """19 random rotations (or another `change`) of a dictionary, one by one; the same in every claim."""
-        for i in range(N_GAUGES):
+    def gauges(self, native, change=dictionary.rotated, n=N_GAUGES):
+        """n random rotations (or another `change`) of a dictionary, one by one.
+
+        They are the same in every claim of a run, so its signals claims are not independent of one another.
+        """
+        for i in range(n):
             yield change(native, torch.Generator().manual_seed(self.seed * 1000 + i))
 
     def rivals(self, subject=None):
-        """{"pca": Dictionary, "ica": Dictionary} of a subject's E, fitted to tokens seen in training."""
+        """{"pca": Dictionary, "ica": Dictionary} of a subject's E, fitted to all tokens that training knows.
+
+        How ICA went is written to the numbers of the report that is being made. If it failed, it is not
+        there, and self.missing says why.
+        """
         subject = subject or self.model
         if subject.name not in self._rivals:
             enough = max(len(self.words.known_tokens()), 4 * subject.E.size(1))  # even after a few steps
-            fit = torch.from_numpy(self.words.by_count[:enough]).to(self.device)
-            pca = dictionary.pca(subject.E, fit)
-            ica = dictionary.ica(subject.E, fit, self.seed)
-            self._rivals[subject.name] = {"pca": pca, "ica": ica}
-        return self._rivals[subject.name]
+            fit = torch.from_numpy(self.words.by_count[:enough])
+            with one_thread():
+                E = subject.dictionary.matrix()
+            found = {"pca": dictionary.pca(E, fit)}
+            try:
+                found["ica"] = dictionary.ica(E, fit, self.seed)
+            except UserError as error:
+                self.missing[subject.name] = {"ica": str(error)}
+            self._rivals[subject.name] = found
+        found = self._rivals[subject.name]
+        if self.report is not None:
+            how = found["ica"].fit if "ica" in found else self.missing[subject.name]["ica"]
+            self.report.numbers.setdefault("fit of ICA", {})[subject.name] = how
+        return found
 
-    def compare(self, measure, subject=None, tokens=None, change=dictionary.rotated):
-        """Scores of measure(Dictionary) -> values (n, ...) for native, its 19 rotations, PCA and ICA.
+    def compare(self, measure, subject=None, tokens=None, change=dictionary.rotated, n_gauges=N_GAUGES):
+        """Scores of measure(Dictionary) -> values (n, ...) for native, n_gauges rotations of it, PCA and ICA.
 
-        A measure that returns {metric: values} gives {metric: Scores}. `subject`: whose E (None: the run's).
-        `tokens` (m,): dictionaries of these tokens alone, so that codes are (m, S). `change`: rotated, or
-        skewed where rotations change nothing.
+        A measure that returns {metric: values} gives {metric: Scores}. `tokens` (m,): dictionaries of these
+        tokens alone, so that codes are (m, S). `subject`: whose E (None: the run's). `change`: rotated, or
+        skewed where rotations change nothing. `n_gauges`: more than the least 19 where a measure is cheap.
+        One random dictionary is in memory at a time.
         """
         subject = subject or self.model
 
@@ -298,14 +316,15 @@ class Lab:
         native = part(subject.dictionary)
         named = {"native": measure(native)}
         named |= {name: measure(part(d)) for name, d in self.rivals(subject).items()}
-        gauges = [measure(d) for d in self.gauges(native, change)]
+        gauges = [measure(d) for d in self.gauges(native, change, n_gauges)]
         kind = "skewed" if change is dictionary.skewed else "rotation"
+        missing = self.missing.get(subject.name)
         if isinstance(named["native"], dict):
             return {
-                key: Scores(pick(named, key), [found[key] for found in gauges], kind)
+                key: Scores(pick(named, key), [found[key] for found in gauges], kind, missing)
                 for key in named["native"]
             }
-        return Scores(named, gauges, kind)
+        return Scores(named, gauges, kind, missing)
 
     # -- words and text -----------------------------------------------------------------------------
 

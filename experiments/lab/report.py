@@ -19,6 +19,7 @@ import configurator
 import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
+from experiments.lab.claims import Scores
 from experiments.lab.lab import Lab, LabConfig, check_writable, file_sha256
 from experiments.lab.results import Figure, Result, to_json
 
@@ -68,15 +69,32 @@ class Report:
 
     # -- what an experiment says ------------------------------------------------------------------
 
-    def effect(self, key, scores, unit, against=None, groups=None, lower=False, published=""):
-        """Claim that scores.native (n,) beats the controls named in `against` (None: all other entries)."""
-        self.claim(key, rules.effect(scores, unit, against, groups, lower), published)
-        self.scores(key, scores)
+    def effect(self, key, scores, unit, against=None, groups=None, lower=False, clusters=None, published=""):
+        """Claim that scores.native (n,) beats the controls named in `against` (None: all other entries).
 
-    def signals(self, key, scores, unit, against=None, groups=None, lower=False, published=""):
-        """Claim that scores.native (n,) beats scores.gauges and the rivals `against` (None: all others)."""
-        self.claim(key, rules.signals(scores, unit, against, groups, lower), published)
-        self.scores(key, scores)
+        {name: Scores} of several ways to measure it: the claim holds if it holds in each of them.
+        """
+        self.decide(rules.effect, key, scores, published, unit, against, groups, lower, clusters)
+
+    def signals(self, key, scores, unit, against=None, groups=None, lower=False, clusters=None, published=""):
+        """Claim that scores.native (n,) beats scores.gauges and the rivals `against`; else like `effect`."""
+        self.decide(rules.signals, key, scores, published, unit, against, groups, lower, clusters)
+
+    def gauge(self, key, scores, unit, groups=None, published=""):
+        """Description of scores.native (n,) beside scores.gauges and other spaces."""
+        self.decide(rules.gauge, key, scores, published, unit, groups)
+
+    def decide(self, rule, key, scores, published, *how):
+        """Add the claim that a rule makes of Scores, or of {name: Scores}, and write the scores."""
+        if isinstance(scores, Scores):
+            self.claim(key, rule(scores, *how), published)
+            self.scores(key, scores)
+        else:
+            self.claim(
+                key, rules.weaker({name: rule(part, *how) for name, part in scores.items()}), published
+            )
+            for name, part in scores.items():
+                self.scores(f"{key}, {name}", part)
 
     def claim(self, key, fields, published=""):
         """Add a claim by its key and the fields that a rule of lab/claims.py gave."""
@@ -88,8 +106,8 @@ class Report:
         source = script(self.experiment).read_text(encoding="utf-8")
         for key in self.sentences:
             if key not in decided:
-                kind = "signals" if f'report.signals("{key}"' in source else "effect"
-                self.claim(key, rules.missing(kind, reason))
+                kinds = [kind for kind in ("signals", "gauge") if f'report.{kind}("{key}"' in source]
+                self.claim(key, rules.missing(kinds[0] if kinds else "effect", reason))
         self.notes.append(f"Not all was measured: {reason}.")
 
     def scores(self, metric, scores, **where):
@@ -227,11 +245,19 @@ def table(result):
         if claim.gauges is not None:
             values[f"{claim.n_gauges} {rules.PLURAL[claim.gauge]} (range)"] = claim.gauges
         values |= claim.controls
+        if claim.outcomes:
+            values = {f"{claim.decided_by}, {name}": value for name, value in values.items()}
+            values |= {
+                f"{name}, measured": outcome.measured
+                for name, outcome in claim.outcomes.items()
+                if name != claim.decided_by
+            }
         width = max(map(len, values))
         lines += [f"  {name:{width}}  {value}" for name, value in values.items()]
         if claim.published:
             lines.append(f"  {'published':{width}}  {claim.published}")
-        lines.append(f"  -> {claim.verdict}: {claim.reason} (n = {claim.n} {claim.unit})")
+        decided = f"  -> {claim.verdict}: {claim.reason} (n = {claim.n} {claim.unit})"
+        lines += textwrap.wrap(decided, 104, subsequent_indent="     ") if claim.outcomes else [decided]
     if result.gallery:
         lines += ["", result.gallery.rstrip()]
     for note in result.notes:

@@ -25,6 +25,9 @@ SCHEMA = Path(__file__).resolve().parents[1] / "result.schema.json"
 FIELDS = ConfigDict(use_attribute_docstrings=True, extra="forbid", ser_json_inf_nan="null")
 
 
+Verdict = Literal["supported", "not supported", "inconclusive", "description"]
+
+
 @dataclass(config=FIELDS)
 class Estimate:
     """A mean over units and its 95 % bootstrap interval, or another range where that is said."""
@@ -47,6 +50,26 @@ class Estimate:
 
 
 @dataclass(config=FIELDS)
+class Outcome:
+    """One of several ways to measure a claim that must hold in all of them."""
+
+    verdict: Verdict
+    """By this measurement alone."""
+    reason: str
+    """What decided it, for people."""
+    measured: Estimate
+    """The run's own value."""
+    gain: Estimate | None = None
+    """Measured minus the control that is hardest to beat, as in a claim."""
+    weakest: str | None = None
+    """Name of that control."""
+    gauges: Estimate | None = None
+    """signals: mean, smallest and largest value of the random changes."""
+    p: float | None = None
+    """signals: probability of a rank this high if the learned dictionary were one of the random ones."""
+
+
+@dataclass(config=FIELDS)
 class Claim:
     """A statement that can be false, with what decided it."""
 
@@ -54,11 +77,13 @@ class Claim:
     """Name of the script, without its ending."""
     key: str
     """Name of the claim within its experiment: a key of the script's CLAIMS."""
-    kind: Literal["effect", "signals"]
-    """effect: beats chance controls. signals: the learned dictionary beats its rotations and rival ones."""
+    kind: Literal["effect", "signals", "gauge"]
+    """effect: beats chance controls. signals: the learned dictionary beats its rotations and rival ones.
+    gauge: describes how a measure that cannot see axes depends on the gauge; it is not decided."""
     claim: str
     """The sentence, for people. Programs use `key`."""
-    verdict: Literal["supported", "not supported", "inconclusive"]
+    verdict: Verdict
+    """description: of a gauge claim, which is not decided."""
     reason: str
     """What decided the verdict, for people."""
     unit: str
@@ -74,17 +99,23 @@ class Claim:
     weakest: str | None = None
     """Name of that control: the one whose gain has the lowest lower end."""
     gauge: Literal["rotation", "skewed"] | None = None
-    """signals: how the random changes of the learned dictionary were drawn."""
+    """signals, gauge: how the random changes of the learned dictionary were drawn."""
     n_gauges: int | None = None
-    """signals: how many of them."""
+    """signals, gauge: how many of them."""
     gauges: Estimate | None = None
-    """signals: their mean, smallest and largest value. A range over dictionaries, no interval."""
+    """signals, gauge: their mean, smallest and largest value. A range over dictionaries, no interval."""
     beats_gauges: bool | None = None
-    """signals: whether the learned dictionary is better than all of them (p <= 0.05)."""
+    """signals: whether the learned dictionary is better than all but 5 % of them (p <= 0.05)."""
     p: float | None = None
     """signals: probability of a rank this high if the learned dictionary were one of the random ones."""
     lower: bool = False
     """Whether smaller values are better."""
+    rests_on: dict[str, int] = field(default_factory=dict)
+    """How many distinct things units share, {"signals": 7}: resampled first, then the units in them."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """Of a claim that must hold in several measurements: each of them, by name."""
+    decided_by: str | None = None
+    """Which outcome is the weakest: the claim's other fields are of that one."""
     published: str = ""
     """The value that the reference system reports, with its scale, for orientation."""
 

@@ -7,19 +7,32 @@ import numpy as np
 from experiments.lab.results import Estimate
 
 
-def estimate(values, groups=None, resamples=2000, seed=0):
-    """Mean of values (n,) and its 95 % percentile bootstrap interval; `groups` (n,) are resampled whole."""
+def estimate(values, groups=None, clusters=None, resamples=2000, seed=0):
+    """Mean of values (n,) and its 95 % percentile bootstrap interval.
+
+    `groups` (n,): units that are resampled whole. `clusters` (n,): what units share (the signal, the model),
+    the same in a whole group. Clusters are resampled first, then the units within each: if few clusters hold
+    most units, the interval is wide.
+    """
     values = np.asarray(values, float)
     if not len(values):
         return Estimate(np.nan, np.nan, np.nan)
-    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
     sums = np.bincount(groups, values)
     sizes = np.bincount(groups)
-    n = len(sums)
+    cluster = np.zeros(len(sums), int)
+    if clusters is not None:
+        cluster = np.unique(np.asarray(clusters)[first], return_inverse=True)[1]
+    members = [np.flatnonzero(cluster == c) for c in range(cluster.max() + 1)]
+    n = len(members)
     rng = np.random.default_rng(seed)
     means = []
-    for _ in range(0, resamples, 100):  # (100, n) counts at a time
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=100)
+    for _ in range(0, resamples, 100):  # (100, groups) counts at a time
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=100)  # (100, clusters)
+        weights = np.empty((100, len(sums)))
+        for part, times in zip(members, drawn.T, strict=True):
+            weights[:, part] = rng.multinomial(times * len(part), np.full(len(part), 1 / len(part)))
         means.append((weights @ sums) / (weights @ sizes))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high))
