@@ -119,13 +119,33 @@ def to_gradient(logits, targets, scale, p):
     y = targets.unsqueeze(1).where(valid, 0)  # (n, 1)
     p.copy_(logits)
     torch.softmax(p, dim=-1, out=p)
-    # log sum exp, from the largest logit and its probability: exact, and saves a pass
-    lse = logits.amax(1, keepdim=True).to(p) - p.amax(1, keepdim=True).log()  # (n, 1)
-    loss = ((lse - logits.gather(1, y)) * valid).sum()
+    p_y = p.gather(1, y)  # (n, 1)
+    if p.device.type == "cpu" and p_y.min() >= torch.finfo(p.dtype).tiny:
+        nll = -p_y.log()
+    else:  # it may have vanished, and to ask would make a GPU wait
+        # log sum exp, from the largest logit and its probability
+        lse = logits.amax(1, keepdim=True).to(p) - p.amax(1, keepdim=True).log()  # (n, 1)
+        nll = lse - logits.gather(1, y)
+    loss = (nll * valid).sum()
     if scale is not None:
         p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
         logits.copy_(p.mul_(valid * scale))
     return loss
+
+
+def add_product(total, a, b, first):
+    """total (V, S) += a (V, C) @ b (C, S), where a and b may be of lower precision; `first`: it was empty."""
+    if total.dtype == b.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+        return
+    product = a @ b
+    if first:
+        total.copy_(product)
+        return
+    # An addition of two precisions makes a temporary of the higher one: on a CPU, one that fits the cache.
+    rows = 2048 if total.device.type == "cpu" else len(total)
+    for part, addend in zip(total.split(rows), product.split(rows), strict=True):
+        part += addend
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -146,7 +166,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=z.device)
         if with_grad:
             grad_z = torch.empty_like(z)
-            grad_codes = torch.zeros_like(codes, dtype=exact)
+            grad_codes = (torch.empty_like if len(z) else torch.zeros_like)(codes, dtype=exact)
         # Buffers for all chunks: on a CPU, fresh pages for each would cost a tenth of the time. There, the
         # probabilities of few rows at a time stay in the cache.
         rows = min(chunk, len(z))
@@ -161,10 +181,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 loss += to_gradient(few, few_y, scale if with_grad else None, p[: len(few)])
             if with_grad:
                 torch.mm(logits, weight, out=grad_z[start : start + chunk])
-                if z.dtype == exact:
-                    grad_codes.addmm_(logits.T, z_c)
-                else:
-                    grad_codes += logits.T @ z_c
+                add_product(grad_codes, logits.T, z_c, first=start == 0)
         if with_grad:
             ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
         return loss / n_valid
