@@ -84,10 +84,11 @@ def whole_folder(final):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(run, step, model, optimizer, state, keep, best):
+def save(run, step, model, optimizer, state, keep, best, others=None):
     """Write checkpoint `step` of the folder `run` and point `latest` at it, `best` too if `best`.
 
-    `model` and `optimizer` are flat dicts of tensors, `state` is JSON. Older ones beyond `keep` are removed.
+    `model` and `optimizer` are flat dicts of tensors, `state` is JSON, `others` {name: bytes} of
+    further files. Older ones beyond `keep` are removed.
     """
     name = f"step_{step:06d}"
     for stale in run.glob(".step_*.tmp"):  # left by a kill
@@ -95,6 +96,8 @@ def save(run, step, model, optimizer, state, keep, best):
     with whole_folder(run / name) as folder:
         for file, tensors in zip(WEIGHTS, (model, optimizer), strict=True):
             save_file(tensors, folder / file)
+        for file, content in (others or {}).items():
+            (folder / file).write_bytes(content)
         text = json.dumps(state | {"step": step} | fingerprints(folder), indent=1)
         (folder / "state.json").write_text(text, encoding="utf-8")
     for pointer in ("latest", "best") if best else ("latest",):

@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-N_TOKENS = 50257  # GPT-2's vocabulary; rows beyond it only pad the matrix to a size that hardware likes
+N_TOKENS = 50257  # GPT-2's; rows beyond a vocabulary only pad the matrix to a size that hardware likes
 IGNORE = -100  # a target that counts for nothing, as in torch
 
 
@@ -52,6 +52,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # RMSNorm's epsilon
     rope_base: float = 10000.0  # wavelength base of the rotary positions
     recipe_init_std: float = 0.02  # std of the recipes at the start (of E itself for a dense vocabulary)
+    n_token: int | None = None  # rows that are tokens, the others are padding; None: GPT-2's 50,257, or all
 
     def __post_init__(self):
         if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.vocab_size) < 1:
@@ -67,6 +68,8 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.signals < 1 or self.hidden < 1:
             raise ValueError("n_signal and n_hidden must be at least 1")
+        if self.n_token is not None and not 1 <= self.n_token <= self.vocab_size:
+            raise ValueError(f"n_token={self.n_token} must be from 1 to vocab_size={self.vocab_size}")
         if self.vocab == "dense" and self.n_signal is not None:
             raise ValueError(f"vocab=dense has no signals: leave out n_signal={self.n_signal}")
         if self.vocab == "topk" and not 1 <= self.top_k <= self.signals:
@@ -99,7 +102,7 @@ class ModelConfig:
     @property
     def n_tokens(self):
         """Rows that are real tokens; the others are padding and must never be sampled, ranked or counted."""
-        return min(self.vocab_size, N_TOKENS)
+        return min(self.vocab_size, N_TOKENS) if self.n_token is None else self.n_token
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -35,8 +35,7 @@ import dictionary
 import hooks
 from configurator import UserError
 from data.datasets import run_words
-from data.tokenizer import END_OF_TEXT, encoding
-from data.words import sightings, token_id, token_text
+from data.words import sightings
 from hardware import pick_device
 
 N_ROTATIONS = 5  # random rotations beside a table; an experiment takes 19
@@ -105,8 +104,8 @@ class Attribution:
     def __init__(self, model, prompt, pred):
         self.model = model
         self.prompt = prompt
-        self.target = token_text(pred.target[0])
-        self.foil = token_text(pred.foil[0])
+        self.target = model.tokenizer.token_text(pred.target[0])
+        self.foil = model.tokenizer.token_text(pred.foil[0])
         self.activations = model.dictionary.activations(pred.h)[0]  # (S,)
         self.contributions = attribution.contributions(pred, model.dictionary)[0].cpu().numpy()  # (S,)
         self.prediction = pred
@@ -171,10 +170,10 @@ class Streams(dict):
         return "\n".join(f"{name:22} {tuple(stream.shape)}" for name, stream in self.items())
 
 
-def direction(net, name):
+def direction(net, name, tokenizer):
     """The direction (d,) that steers a model: a signal by number, or the embedding of a one-token word."""
     if isinstance(name, str):
-        token = token_id(name, net.config.n_tokens)
+        token = tokenizer.token_id(name, net.config.n_tokens)
         return net.vocab.embed(torch.tensor([token], device=net.norm.weight.device))[0].detach()
     basis = getattr(net.vocab, "basis", None)
     if basis is None:
@@ -193,6 +192,7 @@ class Model:
         self.net = net or ckpt.load_model(self.device)
         self.dictionary = dictionary.native(self.net)
         self.words = words or run_words(ckpt.path, ckpt.state)
+        self.tokenizer = self.words.tokenizer
         self.is_dense = self.net.config.vocab == "dense"
         self.unit = "coordinate" if self.is_dense else "signal"
         self.shown = self.words.shown_tokens()  # what tables choose from
@@ -209,7 +209,7 @@ class Model:
 
     def encode(self, prompt):
         """A prompt as ids (1, T). Raises UserError."""
-        ids = encoding().encode_ordinary(prompt)
+        ids = self.tokenizer.encode_ordinary(prompt)
         if not ids:
             raise UserError("the prompt is empty: give some words")
         if len(ids) > self.net.config.block_size:
@@ -220,7 +220,7 @@ class Model:
 
     def token_id(self, word):
         """The id of a word that is one token of this model. Raises UserError."""
-        return token_id(word, self.net.config.n_tokens)
+        return self.tokenizer.token_id(word, self.net.config.n_tokens)
 
     # -- what tables say about tokens --------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Model:
     def name(self, token):
         """A token for a title, with a mark if it is rare."""
         rare = f" (rare: {sightings(self.words.counts[int(token)])} in training)"
-        return f'"{token_text(token)}"{rare if self.is_rare(token) else ""}'
+        return f'"{self.tokenizer.token_text(token)}"{rare if self.is_rare(token) else ""}'
 
     def left_out(self):
         """The note that tells which tokens a table leaves out."""
@@ -265,7 +265,9 @@ class Model:
             ranked = pred.p[0].topk(2).indices
             pred.foil[0] = ranked[1] if ranked[0] == pred.target[0] else ranked[0]
         if pred.foil[0] == pred.target[0]:
-            raise UserError(f"target and foil are both {token_text(pred.target[0])!r}: give two tokens")
+            raise UserError(
+                f"target and foil are both {self.tokenizer.token_text(pred.target[0])!r}: give two tokens"
+            )
         return Attribution(self, prompt, pred)
 
     def signal(self, s, k=10):
@@ -278,7 +280,7 @@ class Model:
         high, low = (codes[:, s].topk(min(k, len(shown)), largest=end) for end in (True, False))
         rows = []
         for a, b in zip(high.indices.tolist(), low.indices.tolist(), strict=True):
-            ends = [(token_text(shown[i]), codes[i, s].item()) for i in (a, b)]
+            ends = [(self.tokenizer.token_text(shown[i]), codes[i, s].item()) for i in (a, b)]
             rows.append([*ends[0], *ends[1]])
         usage = (codes**2).sum(0)  # (S,)
         cosine = d.atoms @ d.atoms[s]  # (S,)
@@ -320,7 +322,8 @@ class Model:
         cosine = torch.nn.functional.cosine_similarity(codes[shown] - mean, codes[token] - mean, dim=1)
         best = cosine.topk(min(k, len(shown)))
         return [
-            (token_text(shown[i]), value.item()) for value, i in zip(best.values, best.indices, strict=True)
+            (self.tokenizer.token_text(shown[i]), value.item())
+            for value, i in zip(best.values, best.indices, strict=True)
         ]
 
     def neighbors(self, word, k=10):
@@ -350,13 +353,15 @@ class Model:
         if layers and not 0 <= min(layers) <= max(layers) <= self.net.config.n_layer:
             raise UserError(f"layers go from 0 to {self.net.config.n_layer}, the final norm")
         prompts = self.encode(prompt).tolist()
-        how = {"temperature": temperature, "top_k": top_k, "stop": END_OF_TEXT}
+        how = {"temperature": temperature, "top_k": top_k, "stop": self.tokenizer.end_of_text}
         how["generator"] = torch.Generator(self.device).manual_seed(seed)
         with ExitStack() as stack:
             for name, strength in (steer or {}).items():
-                stack.enter_context(hooks.steer(self.net, direction(self.net, name), strength, layers))
+                stack.enter_context(
+                    hooks.steer(self.net, direction(self.net, name, self.tokenizer), strength, layers)
+                )
             (ids,) = self.net.generate(prompts, max_new_tokens, **how)
-        return prompt + encoding().decode(ids)
+        return prompt + self.tokenizer.decode(ids)
 
     @torch.no_grad()
     def cache(self, prompt):

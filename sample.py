@@ -31,7 +31,7 @@ import configurator
 import hooks
 import reflow
 from configurator import UserError
-from data.tokenizer import END_OF_TEXT, encoding
+from data.tokenizer import kept
 from hardware import pick_device, pick_dtype, pick_threads
 
 
@@ -72,7 +72,7 @@ def read_prompt(prompt):
         raise UserError(f"--prompt={prompt}: {why}") from None
 
 
-def read_steering(text, model):
+def read_steering(text, model, tokenizer):
     """What --steer means: (direction (d,), strength, layers) for each item, as in `hooks.steer`."""
     found, last = [], model.config.n_layer
     for item in text.split(","):
@@ -85,7 +85,9 @@ def read_steering(text, model):
         if not layers or layers[-1] > last:
             raise UserError(f"{where}: layers go up from 0 to {last}, the final norm")
         try:
-            direction = reflow.direction(model, int(name[1:]) if re.fullmatch(r"s\d+", name) else name)
+            direction = reflow.direction(
+                model, int(name[1:]) if re.fullmatch(r"s\d+", name) else name, tokenizer
+            )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if float(strength) > 1000:
@@ -94,11 +96,11 @@ def read_steering(text, model):
     return found
 
 
-def steered(model, text):
+def steered(model, text, tokenizer):
     """A context in which the model is steered by --steer."""
     stack = ExitStack()
     if text is not None:
-        for direction, strength, layers in read_steering(text, model):
+        for direction, strength, layers in read_steering(text, model, tokenizer):
             stack.enter_context(hooks.steer(model, direction, strength, layers))
     return stack
 
@@ -113,18 +115,17 @@ def main():
     if device.type == "cpu":
         pick_threads(model)
 
-    tokenizer = encoding()
-    prompt = tokenizer.encode(text, allowed_special="all") or [
-        END_OF_TEXT
-    ]  # a document begins after the last one's end
+    tokenizer = kept(step, state)
+    stop = tokenizer.end_of_text
+    prompt = tokenizer.encode_prompt(text) or [stop]  # a document begins after the last one's end
     if not text:
         print("empty prompt: starting a new document", file=sys.stderr)
     if len(prompt) > model.config.block_size:
         print(f"prompt of {len(prompt)} tokens: only the last {model.config.block_size} fit", file=sys.stderr)
         prompt = prompt[-model.config.block_size :]
 
-    steering = steered(model, c.steer)
-    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": END_OF_TEXT}
+    steering = steered(model, c.steer, tokenizer)
+    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": stop}
     generator = torch.Generator(device).manual_seed(c.seed)
     samples = [[] for _ in range(c.num_samples)]
     show = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
@@ -133,10 +134,10 @@ def main():
     with steering:
         for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
             for sample, token in zip(samples, tokens, strict=True):
-                if token is not None and token != END_OF_TEXT:
+                if token is not None and token != stop:
                     sample.append(token)
-            if tokens[0] is not None and tokens[0] != END_OF_TEXT:
-                print(show.decode(tokenizer.decode_single_token_bytes(tokens[0])), end="", flush=True)
+            if tokens[0] is not None and tokens[0] != stop:
+                print(show.decode(tokenizer.token_bytes(tokens[0])), end="", flush=True)
     print(show.decode(b"", final=True))
     for sample in samples[1:]:
         print("-" * 40)

@@ -39,6 +39,8 @@ import files
 from configurator import SEED, UserError, check
 from data.datasets import find_dataset, mean_loss
 from data.shards import Dataset
+from data.sotu.prepare import embedded
+from data.tokenizer import kept
 from hardware import (
     check_room,
     dry_run,
@@ -163,13 +165,22 @@ def check_same_run(before, m, c, data_sha256, dtype):
             print(f"resuming with another {key}: {then.get(key)} -> {value}")
 
 
+def fitted(m, tokenizer):
+    """The ModelConfig for tokens of a Tokenizer. UserError if it has too few rows."""
+    if m.vocab_size < tokenizer.n_tokens:
+        rows = 64 * math.ceil(tokenizer.n_tokens / 64)
+        raise UserError(f"vocab_size={m.vocab_size} is too small for {tokenizer}: give --vocab_size={rows}")
+    return m if tokenizer.name == "gpt2" else replace(m, n_token=tokenizer.n_tokens)
+
+
 def read_origin(m, c):
-    """(the model that --init_from names, the ModelConfig to train it with). UserError.
+    """(the model that --init_from names, the ModelConfig to train it with, its Tokenizer). UserError.
 
     The model's own configuration holds; only dropout, which is no part of it, is the run's.
     """
-    origin, _ = checkpoint.load_model(checkpoint.find(c.init_from))
-    return origin, replace(origin.config, dropout=m.dropout)
+    step = checkpoint.find(c.init_from)
+    origin, state = checkpoint.load_model(step)
+    return origin, replace(origin.config, dropout=m.dropout), kept(step, state)
 
 
 def refuse_a_shape(c):
@@ -241,11 +252,13 @@ def train(m, c, run):
         say(f"passed over: {message}")
     if newest and not c.resume:
         raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
-    origin = None
+    origin, tokenizer = None, kept(newest, before) if newest else None
     if c.init_from is not None and newest:
         m = replace(ModelConfig(**before["config"]["model"]), dropout=m.dropout)
     elif c.init_from is not None:
-        origin, m = read_origin(m, c)
+        origin, m, tokenizer = read_origin(m, c)
+    if c.dataset == "sotu" and tokenizer is not None:
+        c = replace(c, dataset=embedded(tokenizer))
     say(configurator.describe(m, c))
     if c.batch_size % (world * c.micro_batch_size):
         share = f"{world} processes x micro_batch_size={c.micro_batch_size}"
@@ -271,8 +284,12 @@ def train(m, c, run):
         check_room(m, c, device, dtype != torch.float32, world, run)
 
     # -- data, model, optimiser
-    folder = find_dataset(c.dataset)
+    folder = find_dataset(c.dataset, tokenizer)
     train_set = Dataset(folder, "train", m.block_size, c.verify_data)
+    if tokenizer is not None:
+        train_set.check_tokenizer(tokenizer, run if newest else c.init_from)
+    tokenizer = train_set.tokenizer
+    m = fitted(m, tokenizer)
     val_set = Dataset(folder, "val", m.block_size, c.verify_data)
     bits_per_byte = val_set.tokens / val_set.bytes / math.log(2)  # of one nat per token
 
@@ -328,13 +345,14 @@ def train(m, c, run):
                 "bits_per_byte": bits_per_byte * (whole_val_loss or val_loss),
                 "config": {"model": asdict(m), "train": asdict(c)},
                 "data_sha256": train_set.data_sha256,
+                **tokenizer.entry,
                 "dtype": precision,
                 "scaler": scaler.state_dict(),
                 "skipped": skipped,
                 "token": token,
                 "versions": checkpoint.versions(),
             }
-            checkpoint.save(run, step, weights, moments, state, c.keep, is_best)
+            checkpoint.save(run, step, weights, moments, state, c.keep, is_best, tokenizer.files)
         if world > 1:
             dist.barrier()
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import checkpoint
 from configurator import UserError
 from data.shards import Dataset, locate
+from data.sotu.prepare import embedded, prepare
+from data.tokenizer import kept, load
 from data.words import Words
 from model import ModelConfig
 
@@ -20,17 +22,20 @@ COUNTS = "counts.safetensors"  # what a release says of its training text: count
 COUNTED = 50_000  # windows of training text, at most, in which tokens are counted
 
 
-def find_dataset(name):
+def find_dataset(name, tokenizer=None):
     """The folder that `--dataset=name` means, see `locate`.
 
-    The embedded corpus is prepared if it is missing. Under torchrun every process must call it: the first one
-    prepares, the others wait.
+    `sotu` is the embedded corpus in the tokens of `tokenizer`. It is prepared if it is missing, like
+    sotu-gpt2-8192. Under torchrun every process must call it: the first one prepares, the others wait.
     """
+    if name == "sotu" and tokenizer is not None:
+        name = embedded(tokenizer)
+    elif name == "sotu" or name.startswith("sotu-gpt2"):
+        tokenizer = load(name.removeprefix("sotu-") if name != "sotu" else "gpt2")
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if name == "sotu" and first and not (locate(name) / "meta.json").exists():
-        from data.sotu.prepare import prepare  # needs a package that other data sets do not
-
-        prepare()
+    own = tokenizer is not None and name == embedded(tokenizer)
+    if own and first and not (locate(name) / "meta.json").exists():
+        prepare(tokenizer=tokenizer)
     if dist.is_initialized():
         dist.barrier()
     return locate(name)
@@ -68,22 +73,29 @@ def mean_loss(model, dataset, n_sequences, batch_size, device, autocast=None, ra
     return (total[0] / total[1]).item()
 
 
-def text_folder(state):
-    """The folder of the text for a checkpoint's run: its own data set, else the embedded corpus."""
+def text_folder(path, state):
+    """The folder of the text for a checkpoint in the folder `path`.
+
+    It is its own data set, else the embedded corpus in the run's tokens. Raises UserError if its own data set
+    holds those of another tokenizer.
+    """
     name = state["config"].get("train", {}).get("dataset", "sotu")
-    if name != "sotu":
+    tokenizer = kept(path, state)
+    if name != embedded(tokenizer):
         folder = find_dataset(name)
         if (folder / "meta.json").exists():
+            Dataset(folder, "val", 1).check_tokenizer(tokenizer, path)
             return folder
         print(f"the run's dataset {name} is not here: text from data/sotu", file=sys.stderr)
-    return find_dataset("sotu")
+    return find_dataset("sotu", tokenizer)
 
 
 def run_words(path, state):
     """The Words of a checkpoint in the folder `path`; a release brings the counts of its training along."""
+    tokenizer = kept(path, state)
     if (path / COUNTS).exists():
-        return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy())
-    return Words(token_counts(state, text_folder(state)))
+        return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy(), tokenizer)
+    return Words(token_counts(state, text_folder(path, state)), tokenizer)
 
 
 def token_counts(state, folder):

@@ -7,6 +7,7 @@ it has no timestamps, so the same text always gives the same bytes and the same 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 
 import files
 from configurator import UserError
-from data.tokenizer import END_OF_TEXT, N_TOKENS, TOKENIZER_SHA256
+from data.tokenizer import gpt2, is_gpt2, kept
 from files import check_writable, replace_file, shortest
 
 MAGIC, VERSION = 20240520, 1
@@ -88,8 +89,9 @@ def write_shard(path, tokens):
 class Writer:
     """Cut a stream of documents into the shards of a corpus; killed at any moment, resume to identical bytes.
 
-    source, licence: plain text for meta.json. recipe: a JSON-able dict of all that decides the tokens (files,
-    limits, versions). `progress.json` notes, at each whole shard, where in which document its split goes on.
+    source, licence: plain text for meta.json. recipe: a JSON-able dict of all that decides the text (files,
+    limits, versions). tokenizer: a Tokenizer, None: GPT-2's; another one's file is kept beside the shards.
+    `progress.json` notes, at each whole shard, where in which document its split goes on.
     A new Writer with the same recipe reads it and `wants` only what the shards do not hold yet; with another
     recipe it starts over.
 
@@ -97,22 +99,24 @@ class Writer:
         if not writer.finished:
             for index, (split, text) in enumerate(documents):  # always in the same order
                 if writer.wants(split, index):
-                    writer.add(split, index, encode(text), len(text.encode()))
+                    writer.add(split, index, tokenizer.encode(text), len(text.encode()))
             writer.finish()
 
     UserError if the folder holds a finished corpus of another recipe: that is never overwritten.
     """
 
-    def __init__(self, folder, source, licence, recipe, shard_tokens=100_000_000):
+    def __init__(self, folder, source, licence, recipe, shard_tokens=100_000_000, tokenizer=None):
         if not 0 < shard_tokens < 2**31:
             raise UserError(f"shard_tokens={shard_tokens}: the header's count is an int32: 1 to {2**31 - 1}")
         self.folder = Path(folder)
         self.shard_tokens = shard_tokens
+        self.tokenizer = tokenizer or gpt2()
+        if self.tokenizer.n_tokens > 2**16:
+            raise UserError(f"{self.tokenizer}: shards hold ids below 65,536: take a smaller tokenizer")
         self.meta = {
             "version": VERSION,
-            "tokenizer": "gpt2",
-            "tokenizer_sha256": TOKENIZER_SHA256,
-            "vocab_size": N_TOKENS,
+            **self.tokenizer.entry,
+            "vocab_size": self.tokenizer.n_tokens,
             "source": source,
             "licence": licence,
             "recipe": {**recipe, "shard_tokens": shard_tokens},
@@ -169,7 +173,7 @@ class Writer:
 
     def add(self, split, index, tokens, n_bytes):
         """Append document `index` (its place in the source, increasing): tokens (n,), and its UTF-8 bytes."""
-        tokens = np.append(tokens, np.uint16(END_OF_TEXT))
+        tokens = np.append(tokens, np.uint16(self.tokenizer.end_of_text))
         closed = self.closed[split]
         offset = closed["offset"] if index == closed["document"] else 0  # begun in a shard of the run before
         while offset < len(tokens):
@@ -225,6 +229,8 @@ class Writer:
             }
         meta = self.meta | {"splits": splits}
         with self._disk_errors():
+            for name, content in self.tokenizer.files.items():
+                replace_file(self.folder / name, content)
             replace_file(self.folder / "meta.json", json.dumps(meta, indent=1).encode())
         (self.folder / "progress.json").unlink(missing_ok=True)
         return meta
@@ -282,7 +288,8 @@ class Dataset:
 
     Attributes: `n_windows`; `tokens` and `bytes` of the split (bits per byte = nats per token / ln 2 * tokens
     / bytes); `data_sha256`, which identifies the text, its order and the tokenizer; `meta`, all of
-    meta.json. verify=True reads every shard once and checks its hash. UserError names a damaged file.
+    meta.json; `tokenizer`. verify=True reads every shard once and checks its hash. UserError names a damaged
+    file.
     """
 
     def __init__(self, folder, split, block_size, verify=False):
@@ -296,7 +303,9 @@ class Dataset:
             raise UserError(f"no dataset at {shortest(folder)}: {how_to_get(self.folder)}")
         if not isinstance(meta, dict):
             raise UserError(f"{shortest(self.folder / 'meta.json')} is damaged: {self.remedy}")
-        if (meta.get("version"), meta.get("tokenizer_sha256")) != (VERSION, TOKENIZER_SHA256):
+        name = meta.get("tokenizer", "gpt2")
+        known = not is_gpt2(name) or gpt2(name).sha256 == meta.get("tokenizer_sha256")
+        if meta.get("version") != VERSION or not known:  # the file of another tokenizer is read when needed
             raise UserError(
                 f"{self.folder / 'meta.json'}: made by another version or tokenizer: {self.remedy}"
             )
@@ -305,6 +314,7 @@ class Dataset:
         try:
             counts = meta["splits"][split]
             self.tokens, self.bytes = counts["tokens"], counts["bytes"]
+            self.n_tokens = int(meta["vocab_size"])
             entries = [(self.folder / e["file"], e["tokens"], e["sha256"]) for e in counts["shards"]]
         except (KeyError, TypeError):
             raise UserError(f"{shortest(self.folder / 'meta.json')} is damaged: {self.remedy}") from None
@@ -320,6 +330,19 @@ class Dataset:
         if not self.n_windows:
             raise UserError(self._too_small(split))
         self._orders = {}  # (seed, epoch) -> permutation
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The Tokenizer that made the shards. UserError if its file is missing."""
+        return kept(self.folder, self.meta)
+
+    def check_tokenizer(self, tokenizer, whose):
+        """UserError unless the shards were made with this Tokenizer, that of `whose`."""
+        if self.meta.get("tokenizer_sha256") != tokenizer.sha256:
+            raise UserError(
+                f"{shortest(self.folder)} holds tokens of {self.meta.get('tokenizer')}, {whose} has "
+                f"{tokenizer.name}: prepare the text with its tokenizer (--tokenizer of prepare.py)"
+            )
 
     def _too_small(self, split):
         """Why there is no window, and what to do about it."""
@@ -356,8 +379,10 @@ class Dataset:
             raise UserError(f"{path}: SHA-256 differs from meta.json: {self.remedy}")
 
     def _check_range(self, path, tokens):
-        if (largest := tokens.max()) >= N_TOKENS:
-            raise UserError(f"{path}: token {largest} is outside the vocabulary of {N_TOKENS}: {self.remedy}")
+        if (largest := tokens.max()) >= self.n_tokens:
+            raise UserError(
+                f"{path}: token {largest} is outside the vocabulary of {self.n_tokens}: {self.remedy}"
+            )
 
     def _gather(self, windows):
         """Return (x, y), int64 tensors (B, T), for window numbers (B,)."""
@@ -368,7 +393,7 @@ class Dataset:
         which = np.searchsorted(self.first_window, windows, side="right") - 1  # (B,) shard of each window
         for row, shard, window in zip(tokens, which, windows - self.first_window[which], strict=True):
             row[:] = self.shards[shard][window * T : window * T + T + 1]
-        if tokens.size and tokens.max() >= N_TOKENS:
+        if tokens.size and tokens.max() >= self.n_tokens:
             row = tokens.max(axis=1).argmax()
             self._check_range(self.paths[which[row]], tokens[row])
         x, y = tokens[:, :-1], tokens[:, 1:]

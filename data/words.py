@@ -9,8 +9,7 @@ import functools
 import numpy as np
 import torch
 
-from configurator import UserError
-from data.tokenizer import encoding
+from data.tokenizer import gpt2
 
 LEAST_COUNT = 5  # sightings in training from which a token counts as known
 SHOWN_COUNT = 100  # sightings from which a table for the eye lists a token; rarer rows are mostly noise
@@ -18,9 +17,13 @@ FEWEST_SHOWN = 1000  # tokens that such a table chooses from at least, if so man
 
 
 def token_text(token):
-    """A token as text for a table or a figure: white space alone is quoted, line ends are escaped."""
-    text = encoding().decode([int(token)])
-    return repr(text)[1:-1] if text.strip() else repr(text)
+    """A token of GPT-2 as text for a table or a figure."""
+    return gpt2().token_text(token)
+
+
+def token_id(word, n_tokens):
+    """The id of " word", or of `word` as it is, below n_tokens, in GPT-2's tokens. Raises UserError."""
+    return gpt2().token_id(word, n_tokens)
 
 
 def sightings(n):
@@ -28,25 +31,15 @@ def sightings(n):
     return {0: "never seen", 1: "seen once"}.get(int(n), f"seen {int(n):,} times")
 
 
-def token_id(word, n_tokens):
-    """The id of " word", or of `word` as it is, below n_tokens. Raises UserError if it is not one token."""
-    spaced = " " + word.strip()
-    for text in (spaced, word):
-        ids = encoding().encode_ordinary(text)
-        if len(ids) == 1 and ids[0] < n_tokens:
-            return ids[0]
-    pieces = encoding().encode_ordinary(spaced)
-    if len(pieces) == 1:
-        raise UserError(f"{spaced!r} is not among the model's {n_tokens} tokens")
-    shown = " ".join(repr(encoding().decode([piece])) for piece in pieces)
-    raise UserError(f"{spaced!r} is {len(pieces)} tokens: take a word that is one token (pieces: {shown})")
-
-
 class Words:
-    """The tokens of a run by how often its training text holds them, `counts` (n_tokens,)."""
+    """The tokens of a run by how often its training text holds them, `counts` (n_tokens,).
 
-    def __init__(self, counts):
+    `tokenizer` is the run's Tokenizer, None: GPT-2's.
+    """
+
+    def __init__(self, counts, tokenizer=None):
         self.counts = counts
+        self.tokenizer = tokenizer or gpt2()
 
     @functools.cached_property
     def by_count(self):
@@ -68,13 +61,13 @@ class Words:
     def known_words(self, letters=2):
         """Those known tokens that are a space and at least so many letters, most frequent first, (n,)."""
         known = self.known_tokens()
-        texts = [encoding().decode([token]) for token in known]
+        texts = [self.tokenizer.decode([token]) for token in known]
         is_word = [text[0] == " " and text[1:].isalpha() and len(text) > letters for text in texts]
         return known[is_word]
 
     def known(self, word, least=LEAST_COUNT):
         """The id of " word" if it is one token, seen at least `least` times in training; else None."""
-        tokens = encoding().encode_ordinary(" " + word)
+        tokens = self.tokenizer.encode_ordinary(" " + word)
         return tokens[0] if len(tokens) == 1 and self.counts[tokens[0]] >= least else None
 
     def known_all(self, words, least=LEAST_COUNT):
@@ -86,4 +79,4 @@ class Words:
         """The k of `tokens` (ids; None: the known ones) with the highest scores (n_tokens,), as text."""
         tokens = torch.from_numpy(self.known_tokens() if tokens is None else tokens).to(scores.device)
         best = tokens[scores[tokens].topk(min(k, len(tokens))).indices]
-        return " ".join(token_text(token).strip() for token in best)
+        return " ".join(self.tokenizer.token_text(token).strip() for token in best)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from data.datasets import COUNTS, dataset_of, token_counts
+from data.tokenizer import kept
 from formats.cards import model_card, text_licence
 from hardware import DTYPES
 
@@ -25,6 +26,10 @@ def write_release(ckpt, to, dtype="fp32"):
         save_file(weights, folder / "model.safetensors")
         write_counts(ckpt, folder)
         state = {key: ckpt.state.get(key) for key in KEPT}
+        tokenizer = kept(ckpt.path, ckpt.state)
+        state |= tokenizer.entry
+        for name, content in tokenizer.files.items():
+            (folder / name).write_bytes(content)
         state["text_licence"] = text_licence(ckpt)
         state["versions"] = checkpoint.versions()
         state |= checkpoint.fingerprints(folder)

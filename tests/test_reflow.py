@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 def test_contributions_sum_to_the_logit_difference_of_the_forward_pass(model):
     found = model.attribute(PROMPT, "Paris", foil="London")
     with torch.no_grad():
-        logits = model.net(torch.tensor([encoding().encode(PROMPT)]))[0][0, -1]
+        logits = model.net(torch.tensor([encoding().encode_ordinary(PROMPT)]))[0][0, -1]
     exact = (logits[token("Paris")] - logits[token("London")]).item()
     rows = found.top(5).rows
     assert found.contributions.sum() == pytest.approx(exact, abs=1e-4)
@@ -54,7 +54,7 @@ def test_the_default_foil_is_the_likeliest_other_token(model):
 
 
 def test_steered_generation_equals_steering_by_hand(model):
-    ids = encoding().encode(PROMPT)
+    ids = encoding().encode_ordinary(PROMPT)
     text = model.generate(PROMPT, {" peace": 0.5, 17: -0.5}, range(0, 2), max_new_tokens=8, temperature=0)
     word = hooks.steer(model.net, model.net.vocab.matrix()[token("peace")].detach(), 0.5, range(0, 2))
     signal = hooks.steer(model.net, model.net.vocab.basis[17].detach(), -0.5, range(0, 2))
@@ -65,7 +65,7 @@ def test_steered_generation_equals_steering_by_hand(model):
 
 def test_the_cache_holds_the_streams_by_both_spellings(model):
     cache = model.cache(PROMPT)
-    ids = torch.tensor([encoding().encode(PROMPT)])
+    ids = torch.tensor([encoding().encode_ordinary(PROMPT)])
     assert torch.equal(cache["blocks.2.hook_resid_post"], cache["blocks.2.resid_post"])
     assert torch.equal(cache["blocks.3.resid_pre"], hooks.resid_pre(model.net, ids, 3))
     assert torch.equal(cache["ln_final"], model.net.encode(ids))
@@ -98,7 +98,7 @@ def test_cards_fit_a_terminal_and_say_what_they_are(model):
 def test_tables_list_frequent_tokens_alone(model):
     counts = model.words.counts
     assert model.least_shown == counts[model.shown].min() >= SHOWN_COUNT
-    texts = {reflow.token_text(i) for i in model.shown}
+    texts = {model.tokenizer.token_text(i) for i in model.shown}
     signal, neighbors = model.signal(17), model.neighbors(" king")
     assert {row[i] for row in signal.rows for i in (0, 2)} <= texts
     assert {row[i] for row in neighbors.rows for i in (0, 2, 4)} <= texts - {" king"}

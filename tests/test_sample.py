@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import sample
 from configurator import UserError
-from data.tokenizer import END_OF_TEXT, encoding
+from data.tokenizer import END_OF_TEXT, encoding, gpt2
 from model import ModelConfig, ReFlow
 from tests.lab_fixtures import save_run, tiny, token
 from tests.sentiment_fixtures import planted
@@ -60,7 +60,7 @@ def test_the_streamed_sample_is_the_decoded_one(out, monkeypatch, capsys):
     model, _ = checkpoint.load_model(out / "step_000000")
     generator = torch.Generator().manual_seed(0)
     how = {"temperature": 1.5, "stop": END_OF_TEXT, "generator": generator}
-    (tokens,) = model.generate([encoding().encode("é")], 60, **how)
+    (tokens,) = model.generate([encoding().encode_ordinary("é")], 60, **how)
     assert text == "é" + encoding().decode(tokens) + "\n"
 
 
@@ -122,7 +122,7 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
 
 def test_steering_is_read():
     model = tiny()
-    items = sample.read_steering("+joy:4@0-2, -s7:.5@1,+peace:2@0", model)
+    items = sample.read_steering("+joy:4@0-2, -s7:.5@1,+peace:2@0", model, gpt2())
     assert [(strength, list(layers)) for _, strength, layers in items] == [
         (4, [0, 1, 2]),
         (-0.5, [1]),
@@ -148,24 +148,24 @@ def test_steering_is_read():
 )
 def test_mistakes_in_steering_are_one_line(text, match):
     with pytest.raises(UserError, match=match) as error:
-        sample.steered(tiny(), text)
+        sample.steered(tiny(), text, gpt2())
     assert "\n" not in str(error.value)
 
 
 def test_a_plain_gpt_is_steered_by_words_alone():
     model = tiny(vocab="dense")
-    assert len(sample.read_steering("+joy:1@0", model)) == 1
+    assert len(sample.read_steering("+joy:1@0", model, gpt2())) == 1
     with pytest.raises(UserError, match="no signals"):
-        sample.read_steering("+s1:1@0", model)
+        sample.read_steering("+s1:1@0", model, gpt2())
 
 
 def test_strength_zero_changes_nothing_and_a_word_raises_its_logit():
     model, idx = tiny(), torch.arange(30).view(3, 10)
     model.vocab.recipe.data[token("joy")] *= 10
     plain = model(idx)[0]
-    with sample.steered(model, "+joy:0@0-2,-s3:0@1"):
+    with sample.steered(model, "+joy:0@0-2,-s3:0@1", gpt2()):
         assert torch.equal(model(idx)[0], plain)
-    with sample.steered(model, "+joy:8@2"):
+    with sample.steered(model, "+joy:8@2", gpt2()):
         pushed = model(idx)[0]
     assert (pushed[..., token("joy")] > plain[..., token("joy")]).all()
     assert (pushed.argmax(-1) == token("joy")).float().mean() > 0.5
@@ -176,7 +176,7 @@ def test_strength_zero_changes_nothing_and_a_word_raises_its_logit():
 def test_cached_and_uncached_generation_agree_under_steering(vocab):
     model = tiny(1, vocab=vocab, **({"top_k": 4} if vocab == "topk" else {}))
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    with sample.steered(model, "+joy:0.7@0-1,-peace:0.5@1"):
+    with sample.steered(model, "+joy:0.7@0-1,-peace:0.5@1", gpt2()):
         cached = model.generate(prompts, 12, temperature=0)
         assert cached == model.generate(prompts, 12, temperature=0, use_cache=False)
         assert cached == [model.generate([p], 12, temperature=0)[0] for p in prompts]

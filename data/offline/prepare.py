@@ -78,7 +78,7 @@ from data.offline import sources as texts
 from data.offline.sources import SOURCES
 from data.shards import DATA, Writer, disk_errors, how_to_train, locate, read_json
 from data.sotu.prepare import split as sotu_split
-from data.tokenizer import encode
+from data.tokenizer import gpt2, load
 from files import check_writable, lock, replace_file, shortest
 
 SHINGLE = 8  # words in a row; a paragraph half of whose shingles were seen before is a near duplicate
@@ -94,7 +94,8 @@ VAL_SHARE = {"pip": 0.04, "debian": 0.01}
 @dataclass
 class PrepareConfig:
     debian: bool = False  # also the Debian packages: needs apt-get and dpkg-deb, installs nothing
-    out: str = "offline"  # name in data/, or path of a folder
+    out: str | None = None  # name in data/, or path of a folder; None: offline, or offline-<tokenizer>
+    tokenizer: str = "gpt2"  # gpt2, gpt2-8192, a tokenizer.json or the folder that holds one, a GGUF file
     cache: str | None = None  # folder of packages and texts taken out of them; None: data/offline/cache
 
 
@@ -271,12 +272,13 @@ def choose_validation(source, documents):
 
 def prepare(cfg, sources=SOURCES):
     """Write the corpus to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
-    folder = locate(cfg.out)
+    tokenizer = load(cfg.tokenizer)
+    folder = locate(cfg.out or ("offline" if tokenizer.name == "gpt2" else f"offline-{tokenizer.name}"))
     with lock(folder):
-        return write(cfg, folder, sources)
+        return write(cfg, folder, sources, tokenizer)
 
 
-def write(cfg, folder, sources):
+def write(cfg, folder, sources, tokenizer):
     """`prepare` into `folder`, which nobody else writes."""
     from tqdm import tqdm
 
@@ -294,6 +296,7 @@ def write(cfg, folder, sources):
             "val": VAL_SHARE,
         },
         shard_tokens=SHARD_TOKENS,
+        tokenizer=tokenizer,
     )
     if writer.finished:
         print(f"{shortest(folder)} is already there: {how_to_train(folder)}")
@@ -309,7 +312,7 @@ def write(cfg, folder, sources):
     bar = tqdm(sources, "sources", unit=" source", disable=None)
     for source in bar:
         bar.set_postfix_str(source.name)
-        documents, removed = [], Counter()
+        documents, sizes, removed = [], [], Counter()
         with disk_errors(cache):
             version, extracted = source_documents(source, cache)
         for number, (_, paragraphs) in enumerate(extracted):
@@ -322,8 +325,10 @@ def write(cfg, folder, sources):
                     kept.append(paragraph)
             text = source.join.join(kept)
             if len(text) >= MIN_LETTERS:
-                documents.append((number, encode(text), len(text.encode())))
-        validation = choose_validation(source, documents)
+                documents.append((number, tokenizer.encode(text), len(text.encode())))
+                tokens = documents[-1][1] if tokenizer is gpt2() else gpt2().encode(text)
+                sizes.append((number, tokens, 0))  # in GPT-2's tokens: the same split for every tokenizer
+        validation = choose_validation(source, sizes)
         for number, tokens, size in documents:
             split = "val" if number in validation else "train"
             corpus.append((digest("order", source.name, number), split, tokens, size))

