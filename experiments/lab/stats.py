@@ -50,6 +50,16 @@ def t_interval(values):
     return Estimate(mean, float(mean - half), float(mean + half))
 
 
+def random_mask(n, size, kept, seed=0):
+    """In each of n rows `kept` random entries of `size` are True, (n, size); all if there are no more.
+
+    The largest of few is smaller than the largest of many: maxima over sets of unlike size are compared over
+    random subsets of equal size.
+    """
+    ranks = np.random.default_rng(seed).random((n, size)).argsort(1).argsort(1)
+    return ranks < kept
+
+
 def regress_out(codes, nuisance):
     """codes (n, S) less their least squares fit on 1, nuisance (n,) and its square."""
     q = np.linalg.qr(np.vander(nuisance - nuisance.mean(), 3)).Q  # (n, 3)
