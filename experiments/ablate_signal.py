@@ -147,7 +147,6 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
         token_id(config.target, lab.model.net.config.n_tokens)
     report = Report(lab, "ablate_signal", CLAIMS)
     prompts, _ = lab.heldout(N_PROMPTS, PROMPT_LENGTH)
-    generator = lab.generator()
 
     pred, d = predict(lab.model.net, prompts), lab.model.dictionary
     size = lab.least_signals()
@@ -173,7 +172,7 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
         chosen[removal]["random directions"] = max(rotations, key=np.mean)
         chosen[removal]["step 0"] = chosen_signal(untrained, lab.step0.dictionary, removal)[1]
         drop[removal] = found["strongest", removal]
-        which[removal] = strongest(pred, d, size, removal)[0]
+        which[removal] = "signals", strongest(pred, d, size, removal)[0].cpu().numpy()
     report.effect("generalizes", chosen, "prompts", published=PUBLISHED)
     report.signals("strongest", drop, "prompts", clusters=which)
     report.signals("concentrated", spread, "prompts", lower=True)
@@ -202,7 +201,6 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
         "kl_strongest": divergence.mean().item(),
         "input_output_both": {place: vars(estimate(values)) for place, values in sizes.items()},
         "chosen_signal": signal,
-        "distinct_strongest": {removal: len(np.unique(signals)) for removal, signals in which.items()},
     }
     promoted = lab.words.top(d.codes[:, signal])
     suppressed = lab.words.top(-d.codes[:, signal])

@@ -3,11 +3,14 @@ All twelve experiments on one run, or on several.
 
     python experiments/run_all.py                                  the newest run with signals
     python experiments/run_all.py --run=out/reflow-1 --only=ablate_signal,signal_lens
-    python experiments/run_all.py --run=out/reflow-1,out/reflow-2  one after the other
+    python experiments/run_all.py --run=out/a,out/b,out/c          one after the other, then pooled
 
 An experiment is skipped if the run has its result for the same code, weights, baseline and seed. If one
 fails, the error is shown, the others still run, and the exit status is 1. `python experiments/report.py`
 then makes a page of the results.
+
+Runs that differ in nothing but their seed are then pooled, into pooled/ beside them: a claim about training is
+a claim about models, and one run is one model.
 """
 
 import importlib
@@ -25,8 +28,8 @@ from tqdm import tqdm
 
 import configurator
 from configurator import UserError
-from experiments.lab import Lab, LabConfig
-from experiments.lab.lab import check_writable, open_baseline, open_newest, results_folder
+from experiments.lab import Lab, LabConfig, pooling
+from experiments.lab.lab import check_writable, open_baseline, open_newest, results_folder, run_identity
 from experiments.lab.report import code_sha256, measure, save_and_print
 from experiments.lab.results import read_result
 
@@ -112,12 +115,28 @@ def run_many(config, names, again):
     return failed
 
 
+def pool_runs(config, checkpoints, names):
+    """Pool the results of several runs, save them and print one table; or say why they are not pooled."""
+    if reason := pooling.why_not(checkpoints):
+        print(f"not pooled, because these are not seeds of one configuration: {reason}")
+        return
+    folders = [results_folder(ckpt, config.results) for ckpt in checkpoints]
+    names = [name for name in names if all((folder / name / "result.json").exists() for folder in folders)]
+    results = [pooling.pool(name, folders, [run_identity(ckpt) for ckpt in checkpoints]) for name in names]
+    where = pooling.pooled_folder(checkpoints, config.results)
+    for result in results:
+        pooling.save(result, where)
+    print(f"{len(checkpoints)} models: {', '.join(ckpt.name for ckpt in checkpoints)}\n")
+    print(pooling.table(results))
+    print(f"\n{where}/")
+
+
 def main():
     config, own = configurator.parse(LabConfig, RunAllConfig)
     names = chosen(own.only)
     runs = split(config.run or "") or [None]
-    for run in runs:  # a mistyped name is an error now, not after hours of work
-        ckpt = open_newest(run)
+    checkpoints = [open_newest(run) for run in runs]
+    for ckpt in checkpoints:  # a mistyped name is an error now, not after hours of work
         check_writable(results_folder(ckpt, config.results))
         if config.baseline is not None:
             open_baseline(config.baseline, ckpt)
@@ -130,6 +149,9 @@ def main():
     for run, lost in failed.items():
         if lost:
             print(f"failed: {', '.join(lost)}" + (f" ({run})" if run else ""), file=sys.stderr)
+    if len(runs) > 1:
+        done = [name for name in names if not any(name in lost for lost in failed.values())]
+        pool_runs(config, checkpoints, done)
     if n_failed:
         sys.exit(1)
 

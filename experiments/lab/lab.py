@@ -299,12 +299,27 @@ class Lab:
             self.report.numbers.setdefault("fit of ICA", {})[subject.name] = how
         return found
 
-    def compare(self, measure, subject=None, tokens=None, change=dictionary.rotated, n_gauges=N_GAUGES):
+    def plain_rivals(self):
+        """{name: Dictionary} of the plain GPT: the coordinates of its E, and ICA of it; {} if there is none."""
+        if self.baseline is None:
+            return {}
+        ica = {"baseline ica": d for name, d in self.rivals(self.baseline).items() if name == "ica"}
+        return {"baseline": self.baseline.dictionary} | ica
+
+    def least_signals(self):
+        """The size of the smallest dictionary that is compared: maxima are taken over so many signals."""
+        found = [self.model.dictionary, *self.rivals().values(), *self.plain_rivals().values()]
+        return min(d.n_signals for d in found)
+
+    def compare(
+        self, measure, subject=None, tokens=None, change=dictionary.rotated, n_gauges=N_GAUGES, plain=None
+    ):
         """Scores of measure(Dictionary) -> values (n, ...) for native, n_gauges rotations of it, PCA and ICA.
 
         A measure that returns {metric: values} gives {metric: Scores}. `tokens` (m,): dictionaries of these
         tokens alone, so that codes are (m, S). `subject`: whose E (None: the run's). `change`: rotated, or
         skewed where rotations change nothing. `n_gauges`: more than the least 19 where a measure is cheap.
+        `plain`: the measure of whole dictionaries of the plain GPT, its own and ICA, as further rivals.
         One random dictionary is in memory at a time.
         """
         subject = subject or self.model
@@ -317,7 +332,10 @@ class Lab:
         named |= {name: measure(part(d)) for name, d in self.rivals(subject).items()}
         gauges = [measure(d) for d in self.gauges(native, change, n_gauges)]
         kind = "skewed" if change is dictionary.skewed else "rotation"
-        missing = self.missing.get(subject.name)
+        missing = dict(self.missing.get(subject.name, {}))
+        if plain:
+            named |= {name: plain(d) for name, d in self.plain_rivals().items()}
+            missing |= {f"baseline {name}": why for name, why in self.missing.get("baseline", {}).items()}
         if isinstance(named["native"], dict):
             return {
                 key: Scores(pick(named, key), [found[key] for found in gauges], kind, missing)

@@ -19,7 +19,7 @@ import configurator
 import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
-from experiments.lab.claims import Scores
+from experiments.lab.claims import Scores, to_numpy
 from experiments.lab.lab import Lab, LabConfig, check_writable, file_sha256
 from experiments.lab.results import Figure, Result, to_json
 
@@ -32,6 +32,7 @@ CODE = (
     "model.py",
     "reflow.py",
 )  # at the root
+UNITS = "units.npz"  # the values of every claim, by unit: what pooling.py reads
 LOOKS = "looks"  # folder for results with options of one's own
 COLUMNS = (
     "model",
@@ -63,6 +64,7 @@ class Report:
         self.figures = []
         self.gallery = ""  # preformatted text: examples, chosen and not chosen
         self._pictures = {}  # file name -> bytes
+        self._units = {}  # "key/way/name" -> values by unit
         lab.report = self
         self._start = time.perf_counter()
         self._code_sha256 = code_sha256(experiment)  # now: a file may change while the experiment runs
@@ -72,29 +74,40 @@ class Report:
     def effect(self, key, scores, unit, against=None, groups=None, lower=False, clusters=None, published=""):
         """Claim that scores.native (n,) beats the controls named in `against` (None: all other entries).
 
-        {name: Scores} of several ways to measure it: the claim holds if it holds in each of them.
+        {name: Scores} of several ways to measure it: the claim holds if it holds in each of them. `clusters`
+        may then be one for each way.
         """
-        self.decide(rules.effect, key, scores, published, unit, against, groups, lower, clusters)
+        how = {"against": against, "groups": groups, "lower": lower, "clusters": clusters}
+        self.decide(rules.effect, key, scores, unit, published, how)
 
     def signals(self, key, scores, unit, against=None, groups=None, lower=False, clusters=None, published=""):
         """Claim that scores.native (n,) beats scores.gauges and the rivals `against`; else like `effect`."""
-        self.decide(rules.signals, key, scores, published, unit, against, groups, lower, clusters)
+        how = {"against": against, "groups": groups, "lower": lower, "clusters": clusters}
+        self.decide(rules.signals, key, scores, unit, published, how)
 
     def gauge(self, key, scores, unit, groups=None, published=""):
         """Description of scores.native (n,) beside scores.gauges and other spaces."""
-        self.decide(rules.gauge, key, scores, published, unit, groups)
+        self.decide(rules.gauge, key, scores, unit, published, {"groups": groups})
 
-    def decide(self, rule, key, scores, published, *how):
-        """Add the claim that a rule makes of Scores, or of {name: Scores}, and write the scores."""
-        if isinstance(scores, Scores):
-            self.claim(key, rule(scores, *how), published)
-            self.scores(key, scores)
-        else:
-            self.claim(
-                key, rules.weaker({name: rule(part, *how) for name, part in scores.items()}), published
-            )
-            for name, part in scores.items():
-                self.scores(f"{key}, {name}", part)
+    def decide(self, rule, key, scores, unit, published, how):
+        """Add the claim that a rule makes of Scores, or of {way: Scores}, and keep the scores."""
+        outcomes = {}
+        for way, part in ({"": scores} if isinstance(scores, Scores) else scores).items():
+            own = {name: value[way] if isinstance(value, dict) else value for name, value in how.items()}
+            outcomes[way] = rule(part, unit, **own)
+            self.scores(f"{key}, {way}" if way else key, part)
+            self.keep_units(f"{key}/{way}", part, own.get("against"), own["groups"])
+        self.claim(key, outcomes[""] if "" in outcomes else rules.weaker(outcomes), published)
+
+    def keep_units(self, place, scores, against, groups):
+        """Keep what decides a claim for units.npz: values by unit, groups, and means of the gauges."""
+        names = scores if against is None else ("native", *against)
+        found = {name: scores[name].astype("float32") for name in names if name in scores}
+        if groups is not None:
+            found["(groups)"] = np.unique(to_numpy(groups), return_inverse=True)[1]
+        if scores.gauges is not None:
+            found["(gauges)"] = scores.gauges.mean(1)
+        self._units |= {f"{place}/{name}": values for name, values in found.items()}
 
     def claim(self, key, fields, published=""):
         """Add a claim by its key and the fields that a rule of lab/claims.py gave."""
@@ -178,6 +191,7 @@ class Report:
                 writer = csv.DictWriter(f, COLUMNS, restval="")
                 writer.writeheader()
                 writer.writerows(self.rows)
+            np.savez_compressed(new / UNITS, **self._units)
             (new / "result.json").write_text(to_json(result), encoding="utf-8")
         return result
 
