@@ -2,7 +2,7 @@
 What each signal does to a prediction, in closed form: no forward pass, no approximation.
 
 With h the normalised final state, A = h @ atoms.T the activations and W the codes, every logit is
-z_v = sum_s A_s W_vs. To remove signal s at the output can mean two things. Both take A_s C_vs from every logit.
+z_v = sum_s A_s W_vs. To remove signal s at the output can mean two things. Both take A_s C_vs from a logit.
 
     term         take its term out of the sum over signals:           C = W
     direction    project its atom, of length 1, out of the state h:   C = E @ atoms.T = W @ atoms @ atoms.T

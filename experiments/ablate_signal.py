@@ -6,18 +6,19 @@ What does a single signal do? Remove each one, at the output, at the input, and 
 
 Method
     At the output the effect is exact and needs no forward pass. With A = norm(h) @ atoms.T, W the codes and p
-    the distribution over tokens, removing signal s subtracts A_s C_s from the logits: the logit difference of
+    the distribution over tokens, removing signal s subtracts A_s C_s from the logits. The logit difference of
     target t and foil f changes by -A_s (C_ts - C_fs), log p_t by -A_s C_ts - K_s with K_s = log E_p[exp(-A_s
-    C_vs)], and KL(p || p') = K_s + A_s E_p[C_vs]. To remove can mean two things: *term* takes the signal's term
-    out of the sum, C = W; *direction* projects its atom out of the final state, C = E @ atoms.T. Every claim is
-    measured in both and holds only if it holds in both. Signals are chosen to first order, and what they do is
-    exact. Target: the model's top token; foil: its second. Unit: a held-out context of 24 tokens. Intervals
-    of the strongest signals resample signals as well, since one may be the strongest of many contexts.
+    C_vs)], and KL(p || p') = K_s + A_s E_p[C_vs]. Target: the model's top token; foil: its second.
 
-    Every dictionary has a strongest signal, so maxima are compared with maxima over equally many signals: of a
-    larger dictionary a random part counts, anew for each context. Controls of a signal chosen on half of the
-    contexts: in 19 random rotations, the one chosen in the same way, of which the best counts; and that of
-    models that learned nothing of the text. The plain GPT is a rival with the coordinates of its E, and ICA of them.
+    To remove can mean two things. *term* takes the signal's term out of the sum: C = W. *direction* projects
+    its atom out of the final state: C = E @ atoms.T. A claim is measured in both and holds only if it holds
+    in both. Signals are chosen to first order; what they do is exact. Unit: a held-out context of 24 tokens.
+    One signal may be the strongest of many contexts: intervals resample signals, then contexts.
+
+    Every dictionary has a strongest signal, so maxima are compared with maxima over equally many signals: of
+    a larger dictionary a random part counts, anew for each context. Controls of a signal chosen on half of
+    the contexts: the one chosen in the same way in each of 19 random rotations, of which the best counts, and
+    in the null models. Rivals: PCA and ICA; of the plain GPT the coordinates of its E, and ICA of it.
 
     At the input, signal s is taken out of the embedding of every token of the context: S forward passes.
 
@@ -38,7 +39,15 @@ import numpy as np
 import torch
 
 import hooks
-from attribution import REMOVALS, contributions, exact_change, first_order_change, mixed, predict, remove_signals
+from attribution import (
+    REMOVALS,
+    contributions,
+    exact_change,
+    first_order_change,
+    mixed,
+    predict,
+    remove_signals,
+)
 from configurator import UserError
 from data.words import token_id
 from experiments.lab import Lab, Report, Scores, run_experiment
@@ -63,7 +72,7 @@ class AblateConfig:
 
 
 def strongest(pred, d, size, removal="term"):
-    """Of `size` random signals each prompt's that lowers log p[target] most: (signal, exact change, KL), (N,)."""
+    """The signal, of `size` random ones, that lowers log p[target] most: (signal, change, KL), (N,) each."""
     change = first_order_change(pred, d, removal)
     left_out = ~torch.from_numpy(random_mask(*change.shape, size)).to(change.device)
     signal = change.masked_fill(left_out, torch.inf).argmin(1)
@@ -71,7 +80,7 @@ def strongest(pred, d, size, removal="term"):
 
 
 def chosen_signal(pred, d, removal):
-    """(the signal that lowers log p most in the mean of the even prompts, its drops on the odd ones (N / 2,))."""
+    """(the signal that lowers log p most in the mean of even prompts, its drops on odd ones (N / 2,))."""
     signal = first_order_change(pred[::2], d, removal).mean(0).argmin()
     odd = pred[1::2]
     change, _ = remove_signals(odd, d, signal.expand(len(odd)), removal)
@@ -79,7 +88,7 @@ def chosen_signal(pred, d, removal):
 
 
 def drops(pred, size, d):
-    """{what: drop of log p[target] (n,)}: of each prompt's strongest signal, and of one chosen on other prompts."""
+    """{what: drop of log p[target] (n,)} by each prompt's strongest signal, and by a chosen one."""
     found = {}
     for removal in REMOVALS:
         found["strongest", removal] = -strongest(pred, d, size, removal)[1]
@@ -164,13 +173,14 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
     found = lab.compare(partial(drops, pred, size), plain=plain_drops)
     how = {"tokens": pairs, "n_gauges": N_GAUGES, "plain": plain_spreads}
     spread = lab.compare(partial(spreads, pred.h, d.n_signals), **how)
-    untrained = predict(lab.step0.net, prompts)
+    nulls = {name: (predict(null.net, prompts), null.dictionary) for name, null in lab.nulls.items()}
     chosen, drop, which = {}, {}, {}
     for removal in REMOVALS:
         rotations = found["chosen", removal].gauges  # (19, N / 2)
         chosen[removal] = Scores({"native": found["chosen", removal].native})
         chosen[removal]["random directions"] = max(rotations, key=np.mean)
-        chosen[removal]["step 0"] = chosen_signal(untrained, lab.step0.dictionary, removal)[1]
+        for name, (untaught, other) in nulls.items():
+            chosen[removal][name] = chosen_signal(untaught, other, removal)[1]
         drop[removal] = found["strongest", removal]
         which[removal] = "signals", strongest(pred, d, size, removal)[0].cpu().numpy()
     report.effect("generalizes", chosen, "prompts", published=PUBLISHED)

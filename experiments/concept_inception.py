@@ -11,9 +11,10 @@ Method
     dose may lose t again; rows.csv has the share of pairs forced and never lost again.
 
     Both claims are about log2 alpha* at the middle layer, n_layer // 2. A pair that no dose forces counts as
-    64. Few signals: u is the target's recipe, cut down to its largest eighth of signals, times the atoms; the
-    distance of log2 alpha* from that along the whole recipe counts, so that forcing sooner is as wrong as later.
-    The plain GPT is a rival there, with the coordinates of its E and with ICA of them.
+    64. Few signals: u is the target's recipe, cut down to its largest eighth of signals, times the atoms.
+    What counts is the distance of log2 alpha* from that along the whole recipe: sooner is as wrong as later.
+    Rivals are PCA and ICA; of the plain GPT the coordinates of its E, and ICA of it.
+
     Controls of the own direction: another token's, a random one in the span of the atoms, and the untrained
     model, since geometry alone forces tokens: along E_t, logit t grows faster than nearly all others.
 
@@ -45,8 +46,8 @@ from experiments.lab.plots import COLOURS, plot_band
 CLAIMS = {
     "forces": "a token's own direction, entering the middle layer, forces it at a smaller dose than other "
     "directions do, and than before training (log2 residual norms)",
-    "few_signals": "the largest eighth of the signals of its recipe forces a token at a dose nearer to that of "
-    "the whole recipe than in other dictionaries (distance in log2 residual norms)",
+    "few_signals": "the largest eighth of the signals of its recipe forces a token at a dose nearer to that "
+    "of the whole recipe than in other dictionaries (distance in log2 residual norms)",
 }
 PUBLISHED = "critical alpha about 18.4, scale not stated (464M, OpenWebText)"
 # Residual norms; fine where a target may win and lose again as its direction replaces the stream.
@@ -180,7 +181,7 @@ def run(lab: Lab, config=None) -> Report:
         return critical_dose(contexts[name], targets, direction, middle)[0]
 
     def kept(subject, other):
-        """alpha* along the largest entries of each recipe, and its distance from that along E_t, (n,) each."""
+        """alpha* along the largest entries of each recipe, and how far it is from that along E_t, (n,)."""
         cut = top_k(other.codes, max(d.eighth, subject.dictionary.eighth)) @ other.atoms
         few = measure(cut, subject.name)
         return {"alpha": few, "distance": np.abs(octaves(few) - octaves(alpha[subject.name, middle]))}

@@ -6,9 +6,9 @@ Does a sentiment direction made of recipes steer the model, and do a few signals
 Method
     Direction: v = (mean recipe of positive words - mean recipe of negative words) @ atoms. This is the
     difference of the mean rows of E, so a plain GPT allows the same steering. Only the claim about signals
-    is about recipes: it cuts the difference of recipes down to its largest eighth of entries, and asks how near
-    that comes to the whole: |slope by few - slope by all|, over the mean size of the slopes by all. More than
-    the whole is as wrong as less. The plain GPT is a rival, with the coordinates of its E and with ICA of them.
+    is about recipes: it cuts the difference of recipes down to its largest eighth of entries. What counts is
+    |slope by few - slope by all|, over the mean size of the slopes by all: more is as wrong as less. Rivals
+    are PCA and ICA; of the plain GPT the coordinates of its E, and ICA of it.
 
     Steering: `strength` norms of the residual stream of v are added to the stream entering each of the first
     half of the blocks, at all positions. Words that build v do not measure it.
@@ -50,8 +50,8 @@ CLAIMS = {
     "than random directions and shuffled labels do and more than before training",
     "beats_diffmean": "the sentiment direction steers further than a difference of mean activations and than "
     "the plain GPT's direction",
-    "few_signals": "an eighth of the signals of the sentiment direction steers more nearly like all of it than "
-    "as many of other dictionaries do (distance of slopes, over their size)",
+    "few_signals": "an eighth of the signals of the sentiment direction steers more nearly like all of it "
+    "than as many of other dictionaries do (distance of slopes, over their size)",
 }
 PUBLISHED = 'flips "terrible" to "great"; works entering layers 0 to 12 of 32 (464M, OpenWebText)'
 STRENGTHS = (-2.0, -1.0, 1.0, 2.0)  # residual norms; symmetric, so that a slope needs no intercept

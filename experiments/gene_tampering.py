@@ -23,9 +23,9 @@ Method
 
     An edit of recipes is an edit of rows of E. A whole swap on both sides only renames two tokens: its size
     says that contexts tell them apart, and nothing about signals. The claim about signals keeps only the
-    largest eighth of entries of each difference of recipes, and asks how near that comes to the whole swap:
-    |change of log-odds by few - by the whole|, over the mean size of the whole change. More than the whole is
-    as wrong as less. The plain GPT is a rival, with the coordinates of its E and with ICA of them.
+    largest eighth of entries of each difference of recipes. What counts is |change of log-odds by few - by
+    all|, over the mean size of the change by all: more is as wrong as less. Rivals are PCA and ICA; of the
+    plain GPT the coordinates of its E, and ICA of it.
 
 Cost
     60 forward passes over 128 contexts of 8 tokens, 30 over 24 templates, 16 over held-out text.
@@ -140,7 +140,7 @@ def run(lab: Lab, config=None) -> Report:
     swaps = Scores({"native": swap(model), "random": np.mean(random, axis=0), "step 0": swap(lab.step0)})
 
     def kept(subject, whole, other):
-        """Change of log-odds by the largest entries alone, and how far it is from the whole change, (n,) each."""
+        """Change of log-odds by the largest entries alone, and how far it is from the whole, (n,) each."""
         k = max(d.eighth, subject.dictionary.eighth)
         few = gain(subject, exchange(other, task.old, task.new, k))
         return {"change": few, "distance": np.abs(few - whole) / np.abs(whole).mean()}

@@ -9,8 +9,8 @@ An experiment is skipped if the run has its result for the same code, weights, b
 fails, the error is shown, the others still run, and the exit status is 1. `python experiments/report.py`
 then makes a page of the results.
 
-Runs that differ in nothing but their seed are then pooled, into pooled/ beside them: a claim about training is
-a claim about models, and one run is one model.
+Runs that differ in nothing but their seed are then pooled, into pooled/ beside them: a claim about training
+is a claim about models, and one run is one model.
 """
 
 import importlib

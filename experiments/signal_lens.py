@@ -17,8 +17,8 @@ Method
     logit. Who writes a signal: cov(part, sum) / var(sum) over contexts, which adds up to 1 over the parts.
 
     Unit: a held-out window of 32 tokens, at its last token. Half depth is after n_layer // 2 blocks.
-    Controls of the agreement: models that learned nothing of the text, and the final top token of another
-    context. The plain GPT is a rival of the claims about signals, with the coordinates of its E and ICA of them.
+    Controls of the agreement: the null models, and the final top token of another context. Rivals of the
+    claims about signals: PCA and ICA; of the plain GPT the coordinates of its E, and ICA of it.
 
 Cost
     One forward pass of 128 windows of 32 tokens for each model, and the logits of n_layer + 1 layers at

@@ -9,7 +9,7 @@ from attribution import Prediction, contributions
 from configurator import UserError
 from experiments import ablate_signal
 from experiments.lab import Scores
-from experiments.lab.claims import N_GAUGES, signals
+from experiments.lab.claims import N_GAUGES, effect, signals
 from experiments.lab.results import read_result
 from tests.lab_fixtures import corpus, open_lab, planted_recipes, save_run, tiny
 
@@ -101,8 +101,65 @@ def test_the_signal_that_alone_drives_one_token_is_the_strongest():
     h = 8 * d.atoms[[3, 11]] + 0.1 * d.atoms[[5, 6]]
     p = (h @ d.matrix().T).softmax(-1)
     pred = Prediction(h, p, target=torch.tensor([3, 11]), foil=torch.tensor([5, 6]))
-    signal, change, kl = ablate_signal.strongest(pred, d)
+    signal, change, kl = ablate_signal.strongest(pred, d, d.n_signals)
     assert signal.tolist() == [3, 11] and (change < -1).all() and (kl > 0.5).all()
+
+
+def heads(d, h):
+    """The Prediction of final states h (n, d) under a Dictionary, without a backbone."""
+    p = (h @ d.matrix().T).softmax(-1)
+    return Prediction(h, p, *p.topk(2).indices.T)
+
+
+def one_signal_drives(scale, seed=0, n=80):
+    """(Prediction, Dictionary): Gaussian recipes, and signal 5 alone makes every prompt predict token 0."""
+    d = planted_recipes(seed, is_sparse=False)
+    recipes = 0.1 * d.recipes
+    recipes[0, 5] = 2.0
+    d = dictionary.Dictionary("native", recipes, d.basis)
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, d.n_signals, generator=generator) + 4 * d.atoms[5]
+    return heads(d, scale * h), d
+
+
+def generalizes(pred, d):
+    """{removal: verdict} against the best of 19 rotations of the dictionary."""
+    generator = torch.Generator().manual_seed(9)
+    rotations = [dictionary.rotated(d, generator) for _ in range(N_GAUGES)]
+    found = {}
+    for removal in ablate_signal.REMOVALS:
+        native, *drops = (ablate_signal.chosen_signal(pred, r, removal)[1] for r in (d, *rotations))
+        best = max(drops, key=torch.mean)
+        found[removal] = effect(Scores({"native": native, "random directions": best}), "prompts")["verdict"]
+    return found
+
+
+@pytest.mark.parametrize("scale", [0.25, 1, 4])
+def test_a_signal_that_drives_every_prompt_is_found_at_any_scale(scale):
+    assert generalizes(*one_signal_drives(scale)) == {"term": "supported", "direction": "supported"}
+
+
+def test_chance_signals_of_stretched_recipes_are_not_found():
+    """Gaussian recipes have no axes, also where one singular value of the basis is ten times the others."""
+    false = {"term": 0, "direction": 0}
+    for seed in range(20):
+        d = planted_recipes(seed, is_sparse=False)
+        stretched = torch.diag(torch.tensor([10.0] + [1.0] * (d.n_signals - 1)))
+        u = dictionary.random_orthogonal(d.n_signals, torch.Generator().manual_seed(seed)).float()
+        d = dictionary.Dictionary("native", d.recipes, u @ stretched @ d.basis)
+        h = torch.randn(60, d.n_signals, generator=torch.Generator().manual_seed(50 + seed))
+        for removal, verdict in generalizes(heads(d, 0.3 * h), d).items():
+            false[removal] += verdict == "supported"
+    assert max(false.values()) <= 4  # at most 1 of 20 expected; more than 4 has a probability below 0.3 %
+
+
+def test_a_larger_dictionary_is_compared_by_random_parts_of_it():
+    """Of half of the signals the strongest of all is found on half of the prompts."""
+    pred, d = one_signal_drives(1.0, n=400)
+    signal, _, _ = ablate_signal.strongest(pred, d, d.n_signals)
+    assert (signal == 5).double().mean() > 0.9
+    signal, _, _ = ablate_signal.strongest(pred, d, d.n_signals // 2)
+    assert 0.4 < (signal == 5).double().mean() < 0.6
 
 
 def test_an_untrained_run_supports_nothing(lab):

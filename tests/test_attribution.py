@@ -31,19 +31,27 @@ def logits_without(h, d, s):
     return h @ (codes @ d.atoms).T
 
 
-def test_closed_forms_equal_brute_force():
+def logits_projected(h, d, s):
+    """Logits after the atom of signal s is projected out of the final state, the long way."""
+    atom = d.atoms[s]
+    return (h - (h @ atom)[:, None] * atom) @ d.matrix().T
+
+
+@pytest.mark.parametrize("removal, remove", [("term", logits_without), ("direction", logits_projected)])
+def test_closed_forms_equal_brute_force(removal, remove):
     pred, d = random_prediction()
     rows = torch.arange(len(pred))
     before = pred.h @ d.matrix().T
-    contributions = attribution.contributions(pred, d)
-    first_order = attribution.first_order_change(pred, d)
+    W = d.codes[pred.target] - d.codes[pred.foil]
+    contributions = d.activations(pred.h) * attribution.mixed(W, d, removal)
+    first_order = attribution.first_order_change(pred, d, removal)
     for s in range(d.n_signals):
-        after = logits_without(pred.h, d, s)
+        after = remove(pred.h, d, s)
         difference = (after - before)[rows, pred.target] - (after - before)[rows, pred.foil]
         assert torch.allclose(-contributions[:, s], difference, atol=1e-12)
         log_p = after.log_softmax(-1)
         signal = torch.full((len(pred),), s)
-        change, kl = attribution.remove_signals(pred, d, signal, batch=4)
+        change, kl = attribution.remove_signals(pred, d, signal, removal, batch=4)
         assert torch.allclose(change, (log_p - pred.p.log())[rows, pred.target], atol=1e-12)
         assert torch.allclose(kl, (pred.p * (pred.p.log() - log_p)).sum(1), atol=1e-12)
         assert torch.allclose(first_order[:, s], change, atol=kl.max().item() + 1e-9)  # log p' = first - KL
@@ -55,6 +63,14 @@ def test_contributions_sum_to_the_logit_difference():
     rows = torch.arange(len(pred))
     expected = logits[rows, pred.target] - logits[rows, pred.foil]
     assert torch.allclose(attribution.contributions(pred, d).sum(1), expected, atol=1e-12)
+
+
+def test_both_removals_are_one_if_atoms_are_orthogonal():
+    pred, d = random_prediction()
+    d = Dictionary("native", d.codes, 3 * torch.linalg.qr(d.atoms).Q)
+    signal = attribution.first_order_change(pred, d).argmin(1)
+    term, direction = (attribution.remove_signals(pred, d, signal, how) for how in attribution.REMOVALS)
+    assert torch.allclose(term[0], direction[0]) and torch.allclose(term[1], direction[1])
 
 
 def test_each_prompt_loses_the_signal_chosen_for_it():

@@ -81,7 +81,7 @@ def test_a_planted_sentiment_signal_steers(reports):
     report = reports["planted"]
     assert verdicts(report)["steers"] == "supported"
     assert report.numbers["slope"]["native"] > 0.5
-    assert report["few_signals"].beats_gauges and "beats 19 rotations" in report["few_signals"].reason
+    assert report["few_signals"].beats_gauges and report["few_signals"].lower
     assert report.numbers["anti_steerable_share"]["native"] == 0
     assert report["beats_diffmean"].controls.keys() == {"diffmean", "baseline"}
     report.save()

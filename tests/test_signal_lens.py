@@ -53,11 +53,22 @@ def test_overlap_equals_the_long_way():
     d = dictionary.native(net)
     with torch.no_grad():
         depth = signal_lens.read_depth(net, ids(3, 8))
-        share = signal_lens.overlap(net, depth.resid, depth.top[:, -1], d, k=4)
+        share = signal_lens.overlap(net, depth.resid, depth.top[:, -1], d, 16, k=4)
         for i in range(3):
             raises = (d.activations(net.norm(depth.resid[i])) * d.codes[depth.top[i, -1]]).tolist()
             sets = [set(np.argsort(row)[-4:]) for row in raises]
             assert share[i].tolist() == pytest.approx([len(s & sets[-1]) / 4 for s in sets])
+
+
+def test_of_a_larger_dictionary_a_random_part_counts():
+    """Ten of 16 are met by chance, ten of 8 are all: a part of 8 has nothing left to miss."""
+    net = loud(tiny(2))
+    d = dictionary.native(net)
+    with torch.no_grad():
+        depth = signal_lens.read_depth(net, ids(30, 8))
+        shares = [signal_lens.overlap(net, depth.resid, depth.top[:, -1], d, n) for n in (16, 12, 8)]
+    means = [share[:, 0].mean().item() for share in shares]
+    assert means[0] < means[1] < means[2] == 1
 
 
 def test_a_first_half_that_decides_is_seen(tmp_path, data):
@@ -71,7 +82,7 @@ def test_a_first_half_that_decides_is_seen(tmp_path, data):
 
 
 def test_nothing_is_found_before_training(tmp_path, data):
-    """All layers of an untrained model agree: that must not count. A plain GPT is no rival of the claims."""
+    """All layers of an untrained model agree: that must not count."""
     save_run(tmp_path / "dense", tiny(1, n_embd=32, vocab="dense"), data)
     report = signal_lens.run(open_lab(save_run(tmp_path / "tiny", tiny(0, n_embd=32), data)))
     report.save()
@@ -79,6 +90,7 @@ def test_nothing_is_found_before_training(tmp_path, data):
     assert [claim.verdict for claim in result.claims] == ["not supported"] * 3
     assert result.numbers["agreement"]["reflow"][1] > 0.9
     assert result.numbers["largest error of the sum"] < 1e-5
-    assert result.numbers["overlap_half"].keys() == {"native", "pca", "ica", "gauges", "baseline"}
-    assert result.claims[1].controls.keys() == {"pca", "ica"}
+    rivals = {"pca", "ica", "baseline", "baseline ica"}
+    assert result.numbers["overlap_half"].keys() == {"native", "gauges", *rivals}
+    assert result.claims[1].controls.keys() == result.claims[2].controls.keys() == rivals
     assert result.gallery and [(report.folder / figure.file).exists() for figure in result.figures] == [True]

@@ -300,11 +300,13 @@ class Lab:
         return found
 
     def plain_rivals(self):
-        """{name: Dictionary} of the plain GPT: the coordinates of its E, and ICA of it; {} if there is none."""
+        """{name: Dictionary} of the plain GPT: coordinates of its E, ICA of it; {} if there is none."""
         if self.baseline is None:
             return {}
-        ica = {"baseline ica": d for name, d in self.rivals(self.baseline).items() if name == "ica"}
-        return {"baseline": self.baseline.dictionary} | ica
+        found = {"baseline": self.baseline.dictionary}
+        if ica := self.rivals(self.baseline).get("ica"):
+            found["baseline ica"] = ica
+        return found
 
     def least_signals(self):
         """The size of the smallest dictionary that is compared: maxima are taken over so many signals."""

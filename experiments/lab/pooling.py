@@ -69,15 +69,16 @@ def pool_claim(claims, units):
 
 def pool_way(claim, units):
     """Fields of a Claim, by its rule, for M models of which each has {name: values (n,)}."""
-    named = [{name: v for name, v in found.items() if name not in ("(groups)", "(gauges)")} for found in units]
+    named = [{name: v for name, v in found.items() if not name.startswith("(")} for found in units]
     names = [name for name in named[0] if all(name in found for found in named)]
     every = {name for found in named for name in found}
     sizes = [len(found["native"]) for found in named]
     model = np.repeat(np.arange(len(units)), sizes)
-    groups = np.concatenate([found.get("(groups)", np.arange(n)) for found, n in zip(units, sizes, strict=True)])
+    own = [found.get("(groups)", np.arange(n)) for found, n in zip(units, sizes, strict=True)]
+    groups = np.concatenate(own)
     groups = np.unique(np.stack([model, groups]), axis=1, return_inverse=True)[1]
     pooled = Scores({name: np.concatenate([found[name] for found in named]) for name in names})
-    pooled.missing = {name: "it was not measured in every model" for name in sorted(every - set(names))}
+    pooled.missing = dict.fromkeys(sorted(every - set(names)), "it was not measured in every model")
     if claim.gauges is not None:
         means = np.average([found["(gauges)"] for found in units], axis=0, weights=sizes)  # (K,)
         pooled.gauges = means[:, None]
@@ -136,7 +137,7 @@ def save(result, folder):
 
 def table(results):
     """Pooled Results as text: a line for each claim."""
-    lines = [f"{'':18} {'':14} {'':8} {'pooled':14} {'measured':26} gain over the control that is hardest to beat"]
+    lines = [f"{'':42} {'pooled':14} {'measured':26} gain over the control that is hardest to beat"]
     for result in results:
         for claim in result.claims:
             gain = "" if claim.gain is None else f"{claim.weakest}: {claim.gain}"
