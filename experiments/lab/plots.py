@@ -24,6 +24,7 @@ COLOURS = {
     "pca": "#E69F00",
     "ica": "#D55E00",
     "baseline": "#009E73",
+    "baseline ica": "#7FCEB9",  # the same, lighter: of the same model
     "step 0": "#CC79A7",
     "noise": "#999999",
     "shuffled text": "#F0E442",
