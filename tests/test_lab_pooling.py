@@ -1,4 +1,4 @@
-"""Pooled results: models are resampled, too few decide nothing, one contrary model of three is enough to fail."""
+"""Pooled results: models are resampled, two decide nothing, one contrary model of three is enough to fail."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def labs(tmp_path_factory):
 
 
 def result(lab, shift, n=50):
-    """Save a report whose gains over chance, rotations and PCA are `shift` in the mean, and return its Lab."""
+    """Save a report whose mean gains over chance, rotations and PCA are `shift`, and return its Lab."""
     report = Report(lab, "template", SENTENCES)
     rng = np.random.default_rng(lab.checkpoint.train_config["seed"])
     noise = 0.1 * rng.standard_normal((4, n))
@@ -82,7 +82,8 @@ def test_run_all_pools_seeds_of_one_configuration_alone(labs, tmp_path, monkeypa
     runs = [str(lab.checkpoint.run) for lab in labs]
 
     def start(names):
-        monkeypatch.setattr("sys.argv", ["run_all.py", f"--run={','.join(names)}", "--only=template", "--again"])
+        arguments = [f"--run={','.join(names)}", "--only=template", "--again"]
+        monkeypatch.setattr("sys.argv", ["run_all.py", *arguments])
         run_all.main()
         return capsys.readouterr().out
 
