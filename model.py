@@ -659,10 +659,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     logits, ids, n = logits / temperature, None, logits.size(-1)
     nucleus = top_p is not None and top_p < 1
     if nucleus or (top_k or n) < n:
-        # Drawn among these k alone: on a CPU a draw from all 50,257 costs milliseconds.
         logits, ids = logits.topk(min(top_k or n, n))  # (B, k), largest first
     p = logits.softmax(-1)
     if nucleus:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the mass before already suffices; the first is kept
-    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    # Not torch.multinomial, which draws a random number for every entry: tens of milliseconds on a CPU.
+    mass = p.cumsum(-1)  # (B, k)
+    u = torch.rand(len(p), 1, device=p.device, generator=generator) * mass[:, -1:]
+    drawn = torch.searchsorted(mass, u, right=True).clamp(max=p.size(-1) - 1)  # (B, 1)
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)

@@ -110,6 +110,8 @@ def show_as_typed(fig):
 def to_png(fig):
     """A figure as the bytes of a PNG file."""
     show_as_typed(fig)
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine("none")  # else savefig draws everything twice, once for the layout alone
     picture = io.BytesIO()
     fig.savefig(picture, format="png")
     return picture.getvalue()

@@ -2,6 +2,8 @@
 Statistics. Everything that a claim is about is a mean over units: words, questions, prompts, tokens.
 """
 
+import functools
+
 import numpy as np
 
 from experiments.lab.results import Estimate
@@ -24,18 +26,25 @@ def estimate(values, groups=None, clusters=None, resamples=2000, seed=0):
     cluster = np.zeros(len(sums), int)
     if clusters is not None:
         cluster = np.unique(np.asarray(clusters)[first], return_inverse=True)[1]
+    draws = bootstrap_draws(cluster.tobytes(), resamples, seed)
+    means = [(w @ sums) / (w @ sizes) for w in map(np.float64, np.array_split(draws, resamples // 100))]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)  # controls, gauges and figures of a claim have the same units
+def bootstrap_draws(clusters, resamples, seed):
+    """How often each unit is in each bootstrap sample, (resamples, n). `clusters`: int64 ids (n,), bytes."""
+    cluster = np.frombuffer(clusters, int)
     members = [np.flatnonzero(cluster == c) for c in range(cluster.max() + 1)]
     n = len(members)
     rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(0, resamples, 100):  # (100, groups) counts at a time
+    draws = np.empty((resamples, len(cluster)), np.uint16)
+    for some in np.split(draws, resamples // 100):  # (100, n)
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=100)  # (100, clusters)
-        weights = np.empty((100, len(sums)))
         for part, times in zip(members, drawn.T, strict=True):
-            weights[:, part] = rng.multinomial(times * len(part), np.full(len(part), 1 / len(part)))
-        means.append((weights @ sums) / (weights @ sizes))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
+            some[:, part] = rng.multinomial(times * len(part), np.full(len(part), 1 / len(part)))
+    return draws
 
 
 def t_interval(values):
