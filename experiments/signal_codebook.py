@@ -202,7 +202,7 @@ def run(lab: Lab, config=None) -> Report:
     permuted = [discoveries(enrichment(codes, rng.permutation(labels))) for _ in range(LABELLINGS)]
     share["permuted labels"] = np.mean([each.any(0) for each in permuted], axis=0)
     report.effect("enriched", share, "signals", CONTROLS, published=PUBLISHED)
-    paired = Scores({"native": held.native}, held.gauges)
+    paired = Scores({"native": held.native}, held.gauges, missing=held.missing)
     for name in ("pca", "ica", "E", "baseline"):
         if name in held:
             paired[name] = pair_up(held[name], native.n_signals, rng)

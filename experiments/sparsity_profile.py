@@ -9,32 +9,37 @@ Method
     tokens: Gini, Hoyer, excess kurtosis and participation ratio (Hurley & Rickard, 0811.4706), and Gini by
     decile of token frequency, because rare tokens stay near their start. Columns: the same over tokens, which
     is how selective a signal is. Usage: Gini over signals of their total load. It says how evenly signals are
-    used, which is not sparsity.
+    used, which is not sparsity. All are of codes less m, each signal's median over the 2,000 most frequent
+    tokens: a vector that all recipes share would make every one of them look dense. rows.csv has the codes as
+    they are, too. Controls of "sparse" are Gaussian rows, also with the covariance of the recipes: columns of
+    unequal size raise the Gini without sparsity.
 
-    Function: the loss of the same model with E' = top_k(codes) @ atoms at input and output. The claim is
-    about one k, fixed beforehand: an eighth of the signals. At that k all 19 rotations are cut, at the other
-    sizes two of them.
+    Function: the loss of the same model with E' = (m + top_k(codes - m)) @ atoms at input and output. The
+    claim is about one k, fixed beforehand: an eighth of the signals. At that k all 19 rotations are cut, at
+    the other sizes, and of codes as they are, two of them. The Gini is compared with 99 rotations.
 
     Unit: a token seen in training; for the loss, a held-out window of 16 tokens.
 
 Cost
-    38 forward passes of 512 tokens, each with its own E.
+    43 forward passes of 512 tokens, each with its own E.
 """
 
+import functools
 import sys
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import threads
 import numpy as np
+import torch
 
 import hooks
 from dictionary import top_k
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
 from experiments.lab.plots import COLOURS, plot_band
+from experiments.lab.spaces import POOL, less_shared
 from experiments.lab.stats import gini, kurtosis
 
 CLAIMS = {
@@ -43,7 +48,9 @@ CLAIMS = {
     "truncation": "keeping the largest eighth of each recipe costs less loss than in any other signals",
 }
 PUBLISHED = "11.38 % active, usage Gini 0.085 (464M, OpenWebText, threshold not stated)"
+CONTROLS = ("gaussian", "gaussian, same covariance", "step 0")
 N_TOKENS = 2000
+N_GAUGES = 99  # rotations that the Gini is compared with
 THRESHOLDS = (0.25, 0.5, 1.0, 1.58, 2.0, 3.0, 4.0)  # in root mean squares of the row
 DIVISORS = (16, 8, 4, 2)  # recipes keep S / divisor of their S entries
 N_ROTATIONS = 2  # that are cut at other sizes than an eighth
@@ -80,37 +87,50 @@ def measure(rows):
     return found
 
 
-def other_rows(lab, tokens):
-    """{name: rows (n, S)} that are no change of the native recipes: random, untrained, of the plain GPT."""
-    rng = lab.rng("nulls")
-    shape = (len(tokens), lab.model.dictionary.n_signals)
-    found = {"gaussian": rng.standard_normal(shape), "laplace": rng.laplace(size=shape)}
-    found["step 0"] = to_numpy(lab.step0.dictionary.part(tokens).codes)
-    if lab.baseline:
-        found["baseline"] = to_numpy(lab.baseline.dictionary.part(tokens).codes)
-    return found
+def rows_of(d, n):
+    """Codes of the first n tokens of a dictionary, less what the others, frequent ones, share."""
+    return to_numpy(less_shared(d.codes, n))
+
+
+def random_rows(native, rng):
+    """{name: random rows (n, S)} beside the native ones, rows (n, S)."""
+    gaussian = rng.standard_normal(native.shape)
+    root = np.linalg.qr(native, mode="r") / np.sqrt(len(native))  # root.T @ root: mean of x x^T over rows x
+    return {
+        "gaussian": gaussian,
+        "laplace": rng.laplace(size=native.shape),
+        "gaussian, same covariance": rng.standard_normal((len(native), len(root))) @ root,
+    }
 
 
 def losses_of_cut_recipes(lab):
-    """({k: Scores of the losses of held-out windows with k entries a recipe}, those of the whole model)."""
+    """({k: Scores of the losses of held-out windows with k entries a recipe}, ...).
+
+    Then the Scores at an eighth if what recipes share is cut as well, and the losses of the whole model.
+    """
     x, y = lab.heldout(N_WINDOWS, WINDOW)
     native = lab.model.dictionary
+    frequent = torch.from_numpy(lab.words.known_tokens()[:POOL].copy()).to(lab.device)
 
     def window_losses(net):
         return to_numpy(hooks.token_losses(net, x, y)).mean(1)  # (windows,)
 
-    def cut(d, k):
-        return window_losses(hooks.with_embedding(lab.model.net, top_k(d.codes, k) @ d.atoms))
+    def cut(d, k, keep_shared=True):
+        shared = d.codes[frequent].median(0).values if keep_shared else 0.0  # (S,)
+        codes = shared + top_k(d.codes - shared, k)
+        return window_losses(hooks.with_embedding(lab.model.net, codes @ d.atoms))
+
+    def cut_some(*how):
+        """Scores with few rotations."""
+        named = {"native": native, **lab.rivals()}
+        rotations = lab.gauges(native, n=N_ROTATIONS)
+        return Scores({name: cut(d, *how) for name, d in named.items()}, [cut(d, *how) for d in rotations])
 
     losses = {}
     for k in sorted({max(1, native.n_signals // divisor) for divisor in DIVISORS}):
-        if k == native.eighth:
-            losses[k] = lab.compare(lambda d, k=k: cut(d, k))
-        else:
-            named = {"native": native, **lab.rivals()}
-            rotations = islice(lab.gauges(native), N_ROTATIONS)
-            losses[k] = Scores({name: cut(d, k) for name, d in named.items()}, [cut(d, k) for d in rotations])
-    return losses, window_losses(lab.model.net)
+        is_claim = k == native.eighth
+        losses[k] = lab.compare(functools.partial(cut, k=k)) if is_claim else cut_some(k)
+    return losses, cut_some(native.eighth, False), window_losses(lab.model.net)
 
 
 def run(lab: Lab, config=None) -> Report:
@@ -119,14 +139,23 @@ def run(lab: Lab, config=None) -> Report:
     tokens = np.sort(lab.rng("tokens").permutation(lab.words.known_tokens())[:N_TOKENS])
 
     # How sparse recipes are, in every dictionary and beside rows that are no recipes.
-    found = lab.compare(lambda d: measure(to_numpy(d.codes)), tokens=tokens)
-    for name, rows in other_rows(lab, tokens).items():
-        for metric, values in measure(rows).items():
+    n = len(tokens)
+    with_frequent = np.append(tokens, lab.words.known_tokens()[:POOL])
+    found = lab.compare(lambda d: measure(rows_of(d, n)), tokens=with_frequent)
+    rows = random_rows(rows_of(native.part(with_frequent), n), lab.rng("nulls"))
+    for subject in (lab.step0, lab.baseline):
+        if subject is not None:
+            rows[subject.name] = rows_of(subject.dictionary.part(with_frequent), n)
+    for name, values_of in ((name, measure(part)) for name, part in rows.items()):
+        for metric, values in values_of.items():
             found[metric][name] = values
     sparsity = found.pop("row gini")
-    untrained = Scores({name: sparsity[name] for name in ("native", "gaussian", "step 0")})
+    untrained = Scores({name: sparsity[name] for name in ("native", *CONTROLS)})
     report.effect("sparse", untrained, "tokens", published=PUBLISHED)
-    report.signals("privileged", sparsity, "tokens", against=("pca", "ica"))
+    privileged = lab.compare(lambda d: gini(rows_of(d, n)), tokens=with_frequent, n_gauges=N_GAUGES)
+    report.signals("privileged", privileged, "tokens")
+    as_they_are = lab.compare(lambda d: gini(to_numpy(d.codes)), tokens=tokens)
+    report.scores("row gini, not centred", as_they_are)
     active = found.pop("active")
     for metric, scores in found.items():
         report.scores(metric, scores)
@@ -144,7 +173,8 @@ def run(lab: Lab, config=None) -> Report:
         report.row("row gini", value, dictionary="native", control=f"frequency decile {i + 1}")
 
     # What it costs to keep only the largest entries of each recipe.
-    losses, whole = losses_of_cut_recipes(lab)
+    losses, not_centred, whole = losses_of_cut_recipes(lab)
+    report.scores("truncation, not centred", not_centred.map(lambda loss: loss - whole))
     added = {k: scores.map(lambda loss: loss - whole) for k, scores in losses.items()}
     report.signals("truncation", added[native.eighth], "windows", lower=True)
     curves = {name: np.stack([scores[name] for scores in added.values()], 1) for name in added[native.eighth]}

@@ -39,10 +39,15 @@ def test_hubness_is_the_skewness_of_counts_and_sees_a_hub():
     assert nearest_neighbors.hubness(hub) > nearest_neighbors.hubness(even) + 1
 
 
-def test_classes_that_only_recipes_show_support_all_claims(labs):
+EFFECT = {"category": "supported", "category_apart": "supported", "best_space": "description"}
+
+
+def test_classes_that_only_recipes_show_are_an_effect_and_stand_out_among_gauges(labs):
     report = nearest_neighbors.run(labs("crooked"))
-    assert set(verdicts(report).values()) == {"supported"}
-    assert list(verdicts(report)) == list(nearest_neighbors.CLAIMS)
+    assert verdicts(report) == EFFECT
+    described = report["best_space"]
+    assert described.measured.value > described.gauges.high
+    assert described.measured.value > described.controls["E"].value
     assert report.numbers["rotation_changes_cosine"] < 1e-12
     assert "king" in report.gallery
     precision = report.numbers["precision"]
@@ -53,13 +58,11 @@ def test_classes_that_only_recipes_show_support_all_claims(labs):
     assert report["category"].controls["permuted labels"].value == pytest.approx(report.numbers["chance"])
 
 
-def test_classes_in_every_gauge_are_no_fact_about_signals(labs):
+def test_classes_in_every_space_are_an_effect_like_those_of_E(labs):
     report = nearest_neighbors.run(labs("straight"))
-    assert verdicts(report) == {
-        "category": "supported",
-        "category_apart": "supported",
-        "best_space": "not supported",
-    }
+    assert verdicts(report) == EFFECT
+    described = report["best_space"]
+    assert described.measured.value == pytest.approx(described.controls["E"].value, abs=1e-6)
 
 
 def test_neighbours_of_words_of_ones_own_are_listed(labs):
@@ -75,5 +78,5 @@ def test_neighbours_of_words_of_ones_own_are_listed(labs):
 def test_no_verdict_is_positive_where_there_is_nothing_to_find(labs, name):
     """An untrained model, and a plain GPT, whose recipes are coordinates of E."""
     report = nearest_neighbors.run(labs(name))
-    assert set(verdicts(report).values()) == {"not supported"}
+    assert set(verdicts(report).values()) == {"not supported", "description"}
     assert files_are_there(report)

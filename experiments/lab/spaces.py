@@ -2,9 +2,11 @@
 The spaces in which words are compared, and how well the neighbours of a word know its category.
 
 A space is a matrix of codes (n, dims), one row for each word. Orthogonal rotations of the signals change no
-cosine, so the random gauges here are non-orthogonal (dictionary.skewed): they leave E and every logit as they
-are, but change cosines (Steck et al., 2403.05440). PCA and ICA are whitened; they then differ by little but a
-rotation, so their cosines nearly agree.
+cosine, so a measure of cosines cannot see whether the axes are special. The random gauges here are
+non-orthogonal (dictionary.skewed): they leave E and every logit as they are, but change cosines (Steck et
+al., 2403.05440). They are centred on the learned gauge, and a rotated one is as far from them. So a space is
+described beside them, and no p or verdict comes of it. PCA and ICA are whitened; they then differ by little
+but a rotation, so their cosines nearly agree.
 """
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from dictionary import skewed
 from experiments.lab.claims import Scores
 
-POOL = 2000  # frequent words, whose mean is subtracted from the codes
+POOL = 2000  # frequent words or tokens, whose mean is subtracted from the codes
 UNTRAINED = ("step 0", "shuffled")  # spaces without structure: the controls of an effect
 
 
@@ -50,7 +52,21 @@ def split(scores):
     """Scores in two parts, both with the native values: (untrained and shuffled; gauges and rival spaces)."""
     untrained = Scores({name: scores[name] for name in ("native", *UNTRAINED)})
     rivals = {name: values for name, values in scores.items() if name not in UNTRAINED}
-    return untrained, Scores(rivals, scores.gauges, scores.gauge)
+    return untrained, Scores(rivals, scores.gauges, scores.gauge, scores.missing)
+
+
+def centred(codes, n):
+    """The first n rows of codes (m, dims) less the mean of the others, of frequent tokens, (n, dims)."""
+    return codes[:n] - codes[n:].mean(0)
+
+
+def less_shared(codes, n):
+    """The first n rows of codes (m, dims) less every column's median over the others, (n, dims).
+
+    A vector that all rows share would make every one of them look dense. Where most entries of a column are
+    zero its median is zero, unlike its mean: entries that are zero stay so. The others: frequent tokens.
+    """
+    return codes[:n] - codes[n:].median(0).values
 
 
 def cosines(codes, mean=0.0):
