@@ -19,7 +19,7 @@ import configurator
 import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
-from experiments.lab.claims import Scores, to_numpy
+from experiments.lab.claims import Scores
 from experiments.lab.lab import Lab, LabConfig, check_writable, file_sha256
 from experiments.lab.results import Figure, Result, to_json
 
@@ -104,7 +104,7 @@ class Report:
         names = scores if against is None else ("native", *against)
         found = {name: scores[name].astype("float32") for name in names if name in scores}
         if groups is not None:
-            found["(groups)"] = np.unique(to_numpy(groups), return_inverse=True)[1]
+            found["(groups)"] = np.unique(np.asarray(groups), return_inverse=True)[1]
         if scores.gauges is not None:
             found["(gauges)"] = scores.gauges.mean(1)
         self._units |= {f"{place}/{name}": values for name, values in found.items()}
