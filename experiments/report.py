@@ -50,7 +50,8 @@ td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { width: 100%; background: #fff; border-radius: 4px; margin: 1rem 0 0; }
 pre { overflow-x: auto; background: var(--soft); padding: .75rem; border-radius: 4px; font-size: .8rem; }
 .v { white-space: nowrap; border-radius: 1rem; padding: .1rem .6rem; font-size: .8rem; color: #fff; }
-.supported { background: #007a55; } .not { background: #b04a00; } .inconclusive { background: #666; }
+.supported { background: #007a55; } .not { background: #b04a00; }
+.inconclusive, .description { background: #666; }
 .mark { border-left: 4px solid #b04a00; padding-left: .75rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 """
@@ -152,12 +153,17 @@ def summary(results):
             if claim.gauges is not None:
                 values = {f"{claim.n_gauges} {PLURAL[claim.gauge]} (range)": claim.gauges} | values
             controls = "<br>".join(f"{escape(k)}: {number(v)}" for k, v in values.items())
+            measured = number(claim.measured)
+            if claim.outcomes:  # what follows is of the weakest of them
+                ways = [f"{way}: {number(outcome.measured)}" for way, outcome in claim.outcomes.items()]
+                measured = "<br>".join(ways)
+                controls = f"{escape(claim.decided_by)}:<br>{controls}"
             published = f"<br><small>published: {escape(claim.published)}</small>" if claim.published else ""
             link = f'<a href="#{name}">{name}</a>'
             cells = [
                 ("", f"{link}<br><small>{claim.kind}</small><br>{badge(claim.verdict)}"),
                 ("", escape(claim.claim) + published),
-                (" class=n", number(claim.measured)),
+                (" class=n", measured),
                 (" class=n", controls),
             ]
             rows.append("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in cells) + "</tr>")
@@ -253,8 +259,10 @@ def page(ckpt, folder, record, left_out, looks, looks_left_out):
     losses = {}
     for result in record.values():
         losses |= {model: loss for model, loss in result.val_loss.items() if loss is not None}
-    verdicts = [claim.verdict for result in record.values() for claim in result.claims]
+    claims = [claim for result in record.values() for claim in result.claims]
+    verdicts = [claim.verdict for claim in claims if claim.kind != "gauge"]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "not supported", "inconclusive"))
+    described = f" {len(claims) - len(verdicts)} descriptions." if len(verdicts) < len(claims) else ""
     sections = "".join(section(result, folder / name, place) for name, result in record.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -262,11 +270,12 @@ def page(ckpt, folder, record, left_out, looks, looks_left_out):
 <title>{escape(ckpt.name)}: experiments</title><style>{STYLE}</style></head><body>
 <h1>{escape(ckpt.name)}, step {ckpt.step:,}: what survives its controls</h1>
 <p>Validation loss, nats per token: {", ".join(f"{k} {v:.3f}" for k, v in losses.items())}.
-{len(verdicts)} claims: {counts}.</p>
+{len(verdicts)} claims: {counts}.{described}</p>
 <p>An <b>effect</b> claim is supported if the 95 % bootstrap interval of its gain over every chance control
-lies above zero; a <b>signals</b> claim if the learned dictionary beats at least 19 random rotations of
-itself (they leave the model's function unchanged) and every rival (PCA, ICA, ...). Not supported means that
-these data do not show it.</p>
+lies above zero; a <b>signals</b> claim if the learned dictionary ranks in the best 5 % of itself and at least
+19 random rotations (they leave the model's function unchanged) and beats every rival (PCA, ICA, ...). Not
+supported means that these data do not show it. A <b>gauge</b> line describes a measure of cosines, which
+cannot see axes, in other spaces and in random changes of gauge. It has no verdict.</p>
 {notices(record, left_out, place)}{summary(record)}
 {sections}
 {look_part(looks, looks_left_out, folder / LOOKS, place)}

@@ -39,22 +39,22 @@ def squeezed(x):
 
 
 def draw_rivals(run):
-    """Every signals claim on one scale: native, PCA, ICA and other rivals against the range of the gauges."""
+    """Every signals claim on one scale: native, PCA, ICA and other rivals against the range of rotations."""
     shown = of_kind("signals", claims(run).values())
     with figure("rivals", size=(7, 0.36 * len(shown) + 0.9)) as ax:
         for i, claim in enumerate(shown):
             draw_claim(ax, len(shown) - i, claim)
         labels = [textwrap.fill(claim.claim, 64) for claim in shown]
         ax.set_yticks(range(len(shown), 0, -1), labels, fontsize=7)
-        ax.set_xlabel("worse  ←  half ranges of the gauges (logarithmic beyond 3)  →  better")
+        ax.set_xlabel("worse  ←  half ranges of the rotations (logarithmic beyond 3)  →  better")
         ax.axvline(1, color="#999999", lw=0.8, ls=":")
         handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in MARKS.items()]
-        handles += ax.plot([], [], color=COLOURS["gauges"], lw=7, alpha=0.45, label="random gauges")
+        handles += ax.plot([], [], color=COLOURS["gauges"], lw=7, alpha=0.45, label="random rotations")
         ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
 
 
 def draw_claim(ax, y, claim):
-    """A signals claim at height y: its gauges span -1 to 1; better is to the right."""
+    """A signals claim at height y: its rotations span -1 to 1; better is to the right."""
     band = {"lw": 7, "alpha": 0.45, "solid_capstyle": "butt", "zorder": 1}
     ax.plot([-1, 1], [y, y], color=COLOURS["gauges"], **band)
     middle = (claim.gauges.low + claim.gauges.high) / 2

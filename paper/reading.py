@@ -49,16 +49,19 @@ def claims(run):
     return {(claim.experiment, claim.key): claim for claim in found}
 
 
+def judged(found):
+    """Those of these claims that have a verdict.
+
+    What skewed gauges show is a description; results of older rules called it a signals claim.
+    """
+    return [claim for claim in found if claim.gauge != "skewed"]
+
+
 def of_kind(kind, found):
-    """The claims of one kind."""
-    return [claim for claim in found if claim.kind == kind]
+    """The claims of one kind, "effect" or "signals"."""
+    return [claim for claim in judged(found) if claim.kind == kind]
 
 
 def supported(found):
     """Those of these claims that are supported."""
     return [claim for claim in found if claim.verdict == "supported"]
-
-
-def tested(found):
-    """Those of these claims in which random rotations are a control. Skewed gauges test nothing."""
-    return [claim for claim in found if claim.gauge == "rotation"]

@@ -4,7 +4,7 @@ import textwrap
 
 import bench
 from configurator import UserError
-from paper.reading import PAPER, SUBJECT, claims, load, of_kind, supported, tested
+from paper.reading import PAPER, SUBJECT, claims, judged, load, of_kind, supported
 
 README = PAPER.parent / "README.md"
 SHOWN_SPEED = ("train",)  # parts of bench.py in the README
@@ -38,8 +38,8 @@ def finding(run):
     effects = of_kind("effect", found)
     signals = of_kind("signals", found)
     special = supported(signals)
-    rotated = tested(signals)
-    beats = [claim for claim in rotated if claim.beats_gauges]
+    n_described = len(found) - len(judged(found))
+    beats = [claim for claim in signals if claim.beats_gauges]
     beaten = [claim for claim in beats if claim.verdict != "supported"]
     lost = [claim for claim in signals if claim.verdict == "not supported"]
     main = (
@@ -48,20 +48,24 @@ def finding(run):
     )
     if lost:
         main += (
-            f" In {len(lost)}, random changes of the signals, PCA, ICA, the embedding itself or a plain GPT"
+            f" In {len(lost)}, random rotations of the signals, PCA, ICA, the embedding itself or a plain GPT"
             " do as well within the uncertainty, or better."
         )
     sentences = [
         f"**{main}**",
         f"Of {len(effects)} effect claims (the model does something at all), {len(supported(effects))} are"
         " supported: they beat the untrained model, shuffled recipes and the other chance controls.",
-        f"Random rotations of the signals are a control in {len(rotated)} of the {len(signals)} signals"
+        f"The learned signals beat their random rotations in {len(beats)} of the {len(signals)} signals"
         " claims.",
-        f"The learned signals beat all rotations in {len(beats)} of these {len(rotated)}.",
     ]
     if beaten:
         rivals = "PCA, ICA, the embedding itself or the plain GPT"
         sentences.append(f"In {len(beaten)} of these {len(beats)}, they do not clearly beat {rivals}.")
+    if n_described:
+        sentences.append(
+            f"{n_described} further comparisons of cosines with other spaces cannot see axes:"
+            " they are descriptions (kind gauge), without a verdict."
+        )
     parts = [paragraph(*sentences)]
     if special:
         listed = [paragraph(f"- `{claim.experiment}`: {claim.claim}", indent="  ") for claim in special]
@@ -86,13 +90,13 @@ def about_plain(run):
     plain = SUBJECT["coordinates"]
     own = of_kind("signals", claims(run).values())
     other = of_kind("signals", claims(plain).values())
-    n_own = sum(bool(claim.beats_gauges) for claim in tested(own))
-    n_other = sum(bool(claim.beats_gauges) for claim in tested(other))
+    n_own = sum(bool(claim.beats_gauges) for claim in own)
+    n_other = sum(bool(claim.beats_gauges) for claim in other)
     is_rival = [claim for claim in other if "E" in claim.controls or "baseline" in claim.controls]
     sentences = [
         f"`{plain}` is a control without factors: a plain GPT with the coordinates of its embedding"
         " as signals.",
-        f"Its coordinates beat all of their rotations in {n_other} of {n_claims(tested(other))}.",
+        f"Its coordinates beat their random rotations in {n_other} of {n_claims(other)}.",
     ]
     if n_other >= n_own:
         sentences.append("A basis can therefore be privileged without a factored vocabulary.")
@@ -108,7 +112,8 @@ def about_second(run):
     second_name = SUBJECT["second"]
     found = claims(run)
     second = claims(second_name)
-    both = [name for name in found if name in second]
+    both = [(claim.experiment, claim.key) for claim in judged(found.values())]
+    both = [name for name in both if name in second]
     same = [name for name in both if second[name].verdict == found[name].verdict]
     held = [name for name in both if found[name].verdict == "supported"]
     held_again = supported([second[name] for name in held])
@@ -165,10 +170,10 @@ def results_block():
         "These claims have a published counterpart. The published models are far larger than this one:",
         table(claims(run).values()),
         paragraph(
-            "The figure shows all signals claims on one scale. The band is the range of random changes of the"
-            " signals that leave the model's function as it is. The diamond is the learned signals."
+            "The figure shows all signals claims on one scale. The band is the range of random rotations,"
+            " the diamond is the learned signals."
         ),
-        "![Each signals claim: learned signals against random changes, PCA, ICA, E and the plain GPT]"
+        "![Each signals claim: learned signals against random rotations, PCA, ICA, E and the plain GPT]"
         "(paper/figures/rivals.svg)",
     ]
     return "\n\n".join(parts)

@@ -36,7 +36,11 @@ def test_a_committed_result_is_valid_and_its_claims_are_consistent(path):
         sign = -1 if claim.lower else 1
         if claim.kind == "signals":
             worst = claim.gauges.low if claim.lower else claim.gauges.high  # the gauge hardest to beat
-            assert claim.beats_gauges == (sign * (claim.measured.value - worst) > 0) == (claim.p <= 0.05)
+            beats_all = sign * (claim.measured.value - worst) > 0
+            assert beats_all == (claim.p * (claim.n_gauges + 1) < 1.5)
+            assert claim.beats_gauges == (claim.p <= 0.05)
+        if claim.kind == "gauge":
+            assert claim.verdict == "description" and claim.p is claim.gain is None
         if claim.weakest is not None:
             gain = sign * (claim.measured.value - claim.controls[claim.weakest].value)
             assert math.isclose(gain, claim.gain.value, rel_tol=1e-3, abs_tol=1e-6)

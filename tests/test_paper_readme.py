@@ -38,7 +38,9 @@ def test_what_the_block_says_follows_the_results(tmp_path, monkeypatch):
     assert block.startswith(
         f"**The learned signals are better than every alternative in 0 of {n} comparisons"
     )
-    assert f"In {n}, random changes of the signals" in block
+    assert f"In {n}, random rotations of the signals" in block
+    n_described = len(reading.claims(RUN)) - len(reading.judged(reading.claims(RUN).values()))
+    assert n_described and f"{n_described} further comparisons of cosines" in block
     for words in ("Supported signals claims", "do not clearly beat", "by construction"):
         assert words not in block
     assert "therefore be privileged" in block  # the plain GPT does as well as none
