@@ -28,12 +28,14 @@ import files
 from configurator import UserError
 from data.datasets import find_dataset, mean_loss
 from data.shards import Dataset
-from data.tokenizer import N_TOKENS
-from formats.llama import read_llama, write_llama
+from data.sotu.prepare import embedded
+from data.tokenizer import gpt2, kept
+from formats.llama import Imported, fitted, read_llama, write_llama
 from formats.reference import read_reference
 from formats.release import write_release
 
 TRIED = 256  # tokens of context, at most, in which readings of a reference checkpoint are compared
+MEASURED = 1024  # the same for the loss of an import: memory grows with its square
 
 
 @dataclass
@@ -70,10 +72,11 @@ def is_export(folder):
     return False
 
 
-def save_run(to, step, net, state):
-    """Write `net` as the only checkpoint of the run `to`."""
+def save_run(to, step, net, state, tokenizer):
+    """Write `net` with its Tokenizer as the only checkpoint of the run `to`."""
     weights = {name: weight.contiguous() for name, weight in net.state_dict().items()}
-    checkpoint.save(to, step, weights, {}, state, keep=1, best=True)
+    state = state | tokenizer.entry
+    checkpoint.save(to, step, weights, {}, state, keep=1, best=True, others=tokenizer.files)
 
 
 def import_model(source, to, dataset, n_sequences):
@@ -82,32 +85,48 @@ def import_model(source, to, dataset, n_sequences):
         raise UserError(f"--from={source}: no such file or folder")
     if source.suffix in (".safetensors", ".json"):
         raise UserError(f"--from={source} is one file of a model: name its folder, --from={source.parent}")
-    folder = find_dataset(dataset)
 
-    def loss(config, weights, longest=TRIED):
+    def loss(config, weights, longest=TRIED, tokenizer=None):
         """Nats per token over the first validation sequences."""
-        text = Dataset(folder, "val", min(config.block_size, longest))
+        text = validation(dataset, tokenizer or gpt2(), min(config.block_size, longest), source)
         net = checkpoint.build_model(config, weights, source)
-        return mean_loss(net, text, n_sequences, n_sequences, torch.device("cpu"))
+        return mean_loss(net, text, n_sequences, 8, torch.device("cpu"))
 
-    config, weights = read_llama(source) if source.is_dir() else read_reference(source, loss)
-    if config.vocab_size < N_TOKENS:
-        raise UserError(f"{source}: {config.vocab_size:,} tokens, GPT-2 has {N_TOKENS:,}: another tokenizer")
-    val_loss = loss(config, weights, longest=config.block_size)
-    print(f"loss {val_loss:.4f} nats per token over {n_sequences} sequences of {dataset}")
-    text = Dataset(folder, "val", config.block_size)
+    if source.is_dir():
+        found = read_llama(source)
+    else:
+        found = Imported(*read_reference(source, loss), gpt2(), {})
+        fitted(found.config, found.tokenizer, source)
+    config, tokenizer = found.config, found.tokenizer
+    dataset = embedded(tokenizer) if dataset == "sotu" else dataset
+    val_loss = loss(config, found.weights, MEASURED, tokenizer)
+    text = validation(dataset, tokenizer, min(config.block_size, MEASURED), source)
+    bits = val_loss * text.tokens / text.bytes / math.log(2)
+    n = min(n_sequences, text.n_windows)
+    print(
+        f"loss {val_loss:.4f} nats per token, {bits:.4f} bits per byte over {n} sequences "
+        f"of {text.block_size} tokens of {dataset}"
+    )
     state = {
         "val_loss": val_loss,
         "best_val_loss": val_loss,
         "whole_val_loss": None,
-        "bits_per_byte": val_loss * text.tokens / text.bytes / math.log(2),
+        "bits_per_byte": bits,
         "config": {"model": asdict(config), "train": {"dataset": dataset, "imported_from": str(source)}},
         "data_sha256": text.data_sha256,
+        **found.chat,
         "scaler": {},
         "skipped": 0,
         "versions": checkpoint.versions(),
     }
-    save_run(to, 0, checkpoint.build_model(config, weights, source), state)
+    save_run(to, 0, checkpoint.build_model(config, found.weights, source), state, tokenizer)
+
+
+def validation(name, tokenizer, block_size, source):
+    """The validation split of a data set in the tokens of `source`. UserError if it has others."""
+    text = Dataset(find_dataset(name, tokenizer), "val", block_size)
+    text.check_tokenizer(tokenizer, source)
+    return text
 
 
 def factor(net, kind, seed=0):
@@ -148,7 +167,7 @@ def main():
         elif c.factor is not None:
             net = factor(ckpt.load_model(), c.factor, c.seed)
             config = ckpt.state["config"] | {"model": asdict(net.config)}
-            save_run(to, ckpt.step, net, ckpt.state | {"config": config})
+            save_run(to, ckpt.step, net, ckpt.state | {"config": config}, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":
             write_llama(ckpt, to, c.dtype)
         else:

@@ -75,7 +75,8 @@ def explained(dictionary, x):
 def main():
     (c,) = configurator.parse(DictionaryConfig)
     dictionary, _ = open_dictionary(c.export)
-    model = checkpoint.build_model(*read_llama(Path(c.export)))
+    found = read_llama(Path(c.export))
+    model = checkpoint.build_model(found.config, found.weights)
     E, S = model.vocab.matrix(), len(dictionary.W_dec)
     print(f"{S} signals of width {E.size(1)}; embeddings are reconstructed to within", end=" ")
     print(f"{(dictionary(E) - E).abs().max():.1e}")

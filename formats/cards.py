@@ -15,7 +15,7 @@ CARD = """\
 {header}# {title}
 
 A reFlow language model, {vocabulary}: {parameters:,} parameters,
-{n_layer} layers, width {n_embd}, context {block_size} tokens, GPT-2 tokenizer, weights in {dtype}.
+{n_layer} layers, width {n_embd}, context {block_size} tokens, {tokenizer} tokenizer, weights in {dtype}.
 
 - {origin}
 - Validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte{rounded}.
@@ -153,6 +153,7 @@ def model_card(ckpt, net, to, form, dtype):
     facts = {
         "header": front_matter(metadata(ckpt, to.name, form)),
         "vocabulary": describe_vocabulary(config),
+        "tokenizer": ckpt.state.get("tokenizer", "gpt2").replace("gpt2", "GPT-2"),
         "parameters": sum(p.numel() for p in net.parameters()),
         "origin": describe_origin(ckpt),
         "licence": "MIT" if trained_here(ckpt) else "not known here; state it before you share them",

