@@ -203,7 +203,7 @@ def section(result, folder, place):
         verdict = "" if result.options else badge(claim.verdict)
         parts.append(
             f"<li>{verdict} {escape(claim.claim)}<br><small>{escape(claim.reason)}; "
-            f"n = {claim.n} {escape(claim.unit)}</small></li>"
+            f"n = {claim.n} {escape(claim.unit)} of one model</small></li>"
         )
     parts.append("</ul>")
     parts += [picture(figure, folder, again) for figure in result.figures]

@@ -102,7 +102,7 @@ def test_a_result_as_text_has_every_value_and_what_decided(lab):
     assert text.startswith("ablate_signal: tiny, step 1 (validation loss: reflow 9.000, baseline 9.000)")
     for part in ("effect: a & b < c", "measured  1 [1, 1]", "chance    0 [0, 0]", "published  0.5"):
         assert part in text
-    assert "-> supported: gain over chance: 1 [1, 1] (n = 30 words)" in text
+    assert "-> supported: gain over chance: 1 [1, 1] (n = 30 words of one model)" in text
     assert "  an example" in text and text.endswith("a caveat")
 
 

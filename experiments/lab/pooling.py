@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+from configurator import UserError
 from experiments.lab import claims as rules
 from experiments.lab.claims import Scores, make_claim
 from experiments.lab.report import UNITS
@@ -45,12 +46,17 @@ def pooled_folder(checkpoints, elsewhere=None):
 
 
 def read_units(folder):
-    """{(key, way): {name: array}} of the units.npz of a result."""
+    """{(key, way): {name: array}} of the units.npz of a result. Raises UserError."""
     found = {}
-    with np.load(folder / UNITS, allow_pickle=False) as units:
-        for place, values in units.items():
-            key, way, name = place.split("/", 2)
-            found.setdefault((key, way), {})[name] = values
+    try:
+        with np.load(folder / UNITS, allow_pickle=False) as units:
+            for place, values in units.items():
+                key, way, name = place.split("/", 2)
+                found.setdefault((key, way), {})[name] = values
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / UNITS} cannot be read ({error}): run the experiment with --again"
+        ) from None
     return found
 
 

@@ -270,7 +270,8 @@ def table(result):
         lines += [f"  {name:{width}}  {value}" for name, value in values.items()]
         if claim.published:
             lines.append(f"  {'published':{width}}  {claim.published}")
-        decided = f"  -> {claim.verdict}: {claim.reason} (n = {claim.n} {claim.unit})"
+        of = " of one model" if result.runs is None else ""
+        decided = f"  -> {claim.verdict}: {claim.reason} (n = {claim.n} {claim.unit}{of})"
         lines += textwrap.wrap(decided, 104, subsequent_indent="     ") if claim.outcomes else [decided]
     if result.gallery:
         lines += ["", result.gallery.rstrip()]
