@@ -3,6 +3,8 @@ Take a trained model to other people's tools, and bring theirs here.
 
     python export.py --run=out/reflow-nano --to=out/hf-nano                    a Hugging Face Llama folder
     python export.py --from=out/hf-nano --to=out/imported                      such a folder as a run
+    python export.py --run=out/reflow-nano --form=gguf --to=out/nano.gguf      a file for llama.cpp
+    python export.py --from=FILE.gguf --to=out/x       such a file; --from=smollm2: SmolLM2-135M, from pip
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
     python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
@@ -27,9 +29,11 @@ import dictionary
 import files
 from configurator import UserError
 from data.datasets import find_dataset, mean_loss
+from data.gguf import is_gguf
 from data.shards import Dataset
 from data.sotu.prepare import embedded
 from data.tokenizer import gpt2, kept
+from formats.gguf import BUNDLED, bundled, is_ours, read_gguf, write_gguf
 from formats.llama import Imported, fitted, read_llama, write_llama
 from formats.reference import read_reference
 from formats.release import write_release
@@ -40,11 +44,11 @@ MEASURED = 1024  # the same for the loss of an import: memory grows with its squ
 
 @dataclass
 class ExportConfig:
-    to: str | None = None  # the folder to write: a Hugging Face one, or a run with --from and --factor
+    to: str | None = None  # the folder, or GGUF file, to write; --from and --factor write a run
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
-    from_: str | None = None  # --from=...: a Hugging Face Llama folder, or a .pt file of the reference system
-    form: Literal["llama", "reflow"] = "llama"  # reflow: a checkpoint without optimiser, for the scripts here
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the exported weights; reflow.safetensors stays fp32
+    from_: str | None = None  # --from=...: a Hugging Face Llama folder, a GGUF file, smollm2, a reference .pt
+    form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
+    dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
     factor: Literal["identity", "rotation", "pca", "ica"] | None = None  # basis that a dense E is written in
     seed: int = 0  # of a random rotation or ICA
     dataset: str = "sotu"  # --from: the text that ambiguities are tried on and the loss is measured on
@@ -59,11 +63,17 @@ class ExportConfig:
             raise ValueError(
                 "--form and --dtype are for what goes out: --from and --factor make runs, in fp32"
             )
+        if self.dtype == "q8_0" and self.form != "gguf":
+            raise ValueError("--dtype=q8_0 is for --form=gguf")
+        if self.form == "gguf" and not self.to.endswith(".gguf"):
+            raise ValueError(f"--form=gguf writes one file: give it a name such as --to={self.to}.gguf")
         configurator.check(self, "sequences >= 1", configurator.SEED)
 
 
 def is_export(folder):
-    """Whether `folder` is a Hugging Face folder or a release that this script wrote."""
+    """Whether `folder` is a Hugging Face folder, a release or a GGUF file that this script wrote."""
+    if folder.is_file():
+        return is_ours(folder)
     for file, key in (("config.json", "reflow"), ("state.json", "release")):
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -80,7 +90,11 @@ def save_run(to, step, net, state, tokenizer):
 
 
 def import_model(source, to, dataset, n_sequences):
-    """Write the model at `source`, a Hugging Face folder or a reference checkpoint, as a run. UserError."""
+    """Write the model at `source`, other people's folder or file, as a run. UserError."""
+    origin = source
+    if str(source) in BUNDLED:
+        source = bundled(str(source))
+        origin = f"{origin}: {source.parent.name}/{source.name}"
     if not source.exists():
         raise UserError(f"--from={source}: no such file or folder")
     if source.suffix in (".safetensors", ".json"):
@@ -94,6 +108,8 @@ def import_model(source, to, dataset, n_sequences):
 
     if source.is_dir():
         found = read_llama(source)
+    elif is_gguf(source) or source.suffix == ".gguf":
+        found = read_gguf(source)
     else:
         found = Imported(*read_reference(source, loss), gpt2(), {})
         fitted(found.config, found.tokenizer, source)
@@ -112,7 +128,7 @@ def import_model(source, to, dataset, n_sequences):
         "best_val_loss": val_loss,
         "whole_val_loss": None,
         "bits_per_byte": bits,
-        "config": {"model": asdict(config), "train": {"dataset": dataset, "imported_from": str(source)}},
+        "config": {"model": asdict(config), "train": {"dataset": dataset, "imported_from": str(origin)}},
         "data_sha256": text.data_sha256,
         **found.chat,
         "scaler": {},
@@ -170,6 +186,8 @@ def main():
             save_run(to, ckpt.step, net, ckpt.state | {"config": config}, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":
             write_llama(ckpt, to, c.dtype)
+        elif c.form == "gguf":
+            write_gguf(ckpt, to, c.dtype)
         else:
             write_release(ckpt, to, c.dtype)
     print(f"wrote {to}")

@@ -129,13 +129,16 @@ def generation_config(c, end):
     return settings
 
 
-def llama_weights(net, dtype):
-    """{Llama's name: weight} of a ReFlow, in `dtype`. E is folded in fp64, so that it is rounded once."""
-    ours = net.state_dict()
+def folded(net):
+    """E (V, d) of a ReFlow; a product is formed in fp64, so that it is rounded once."""
     E = net.vocab.recipes().detach()  # (V, d) of a dense vocabulary, else (V, S)
-    if net.config.vocab != "dense":
-        E = E.double() @ ours["vocab.basis"].double()  # (V, d)
-    weights = {EMBEDDING: E}
+    return E if net.config.vocab == "dense" else E.double() @ net.vocab.basis.detach().double()
+
+
+def llama_weights(net, dtype):
+    """{Llama's name: weight} of a ReFlow, in `dtype`."""
+    ours = net.state_dict()
+    weights = {EMBEDDING: folded(net)}
     for name, theirs in llama_names(net.config.n_layer).items():
         is_rotary = name.endswith(ROTARY)
         weights[theirs] = to_halves(ours[name], net.config.head_dim) if is_rotary else ours[name]
