@@ -149,6 +149,9 @@ def run(lab: Lab, config=None) -> Report:
     else:
         movement = Scores({"native": shared_movement(change, lab.rng("halves"))})
         movement["moved independently"] = moved_alone(change, lab, rng)
+        for name in lab.nulls.keys() - {"step 0"}:  # which has not moved
+            moved = to_numpy(factors(lab.nulls[name].net)[1] - origin)
+            movement[name] = shared_movement(moved, lab.rng("halves"))
         report.effect("movement", movement, "signals", published=PUBLISHED)
 
     # Whether its axes are privileged.

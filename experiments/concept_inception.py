@@ -15,8 +15,8 @@ Method
     What counts is the distance of log2 alpha* from that along the whole recipe: sooner is as wrong as later.
     Rivals are PCA and ICA; of the plain GPT the coordinates of its E, and ICA of it.
 
-    Controls of the own direction: another token's, a random one in the span of the atoms, and the untrained
-    model, since geometry alone forces tokens: along E_t, logit t grows faster than nearly all others.
+    Controls of the own direction: another token's, a random one in the span of the atoms, and the null
+    models, since geometry alone forces tokens: along E_t, logit t grows faster than nearly all others.
 
     Entering the final norm there is a closed form. The norm only scales, so t wins over a token v exactly if
     (resid + alpha |resid| u) * w . (E_t - E_v) > 0, where w is the norm's weight. This is linear in alpha, so
@@ -45,7 +45,7 @@ from experiments.lab.plots import COLOURS, plot_band
 
 CLAIMS = {
     "forces": "a token's own direction, entering the middle layer, forces it at a smaller dose than other "
-    "directions do, and than before training (log2 residual norms)",
+    "directions do, and than in null models (log2 residual norms)",
     "few_signals": "the largest eighth of the signals of its recipe forces a token at a dose nearer to that "
     "of the whole recipe than in other dictionaries (distance in log2 residual norms)",
 }
@@ -161,13 +161,13 @@ def run(lab: Lab, config=None) -> Report:
     idx, _ = lab.heldout(len(tokens), LENGTH)  # (n, T), a context for each
     tokens = tokens[: len(idx)]
     targets = torch.from_numpy(tokens).to(lab.device)
-    contexts = {subject.name: Contexts(subject.net, idx) for subject in lab.subjects}
+    contexts = {name: Contexts(subject.net, idx) for name, subject in lab.models.items()}
 
     # The target's own direction in every model, entering every layer.
     alpha, exact = {}, {}
-    for subject in lab.subjects:
-        name, direction = subject.name, subject.E[targets]
-        for layer in [middle] if name == "step 0" else range(n_layer + 1):
+    for name, subject in lab.models.items():
+        direction = subject.E[targets]
+        for layer in [middle] if name in lab.nulls else range(n_layer + 1):
             values, steady = critical_dose(contexts[name], targets, direction, layer)
             alpha[name, layer] = values
             at = {"model": name, "layer": layer}
@@ -187,7 +187,7 @@ def run(lab: Lab, config=None) -> Report:
         return {"alpha": few, "distance": np.abs(octaves(few) - octaves(alpha[subject.name, middle]))}
 
     noise = torch.from_numpy(lab.rng("random").standard_normal((len(idx), d.n_signals))).to(d.codes)
-    own = Scores({"native": alpha["reflow", middle], "step 0": alpha["step 0", middle]})
+    own = Scores({"native": alpha["reflow", middle]} | {name: alpha[name, middle] for name in lab.nulls})
     own["another token"] = measure(model.E[targets.roll(1)])
     own["random"] = measure(noise @ d.atoms)
     few = lab.compare(

@@ -48,7 +48,7 @@ from experiments.lab.stats import estimate
 
 CLAIMS = {
     "early_injection": "another token's direction changes the outcome more in the first third of the layers "
-    "than in the last, than a random direction does, and than before training",
+    "than in the last, than a random direction does, and than in null models",
     "earlier": "half of the decision reaches the last token at an earlier layer than in the other models",
     "long_context": "half of the decision reaches the last token later after a long context than after none",
 }
@@ -102,14 +102,15 @@ def inject(lab, report, layers):
     """({(model or "random", "all" or "last"): changes (n, layers)}, {model: KL(final || lens) (n, L)})."""
     x, _ = lab.heldout(N_WINDOWS, min(LENGTH, lab.model.net.config.block_size))
     tops, kl = {}, {}
-    for subject in lab.subjects:
+    models = lab.models
+    for name, subject in models.items():
         streams = hooks.resid_streams(subject.net, subject.net.vocab.embed(x))
         top, divergence = hooks.lens_by_layer(subject.net, torch.stack(streams, dim=1)[:, :, -1])
-        tops[subject.name] = top[:, -1]
-        kl[subject.name] = to_numpy(divergence)
+        tops[name] = top[:, -1]
+        kl[name] = to_numpy(divergence)
     target = choose_targets(lab, torch.stack(list(tops.values()), 1).cpu().numpy())
     noise = torch.randn(len(x), lab.model.E.size(1), generator=lab.generator()).to(lab.device)
-    directions = [(subject.name, subject, subject.E[target]) for subject in lab.subjects]
+    directions = [(name, subject, subject.E[target]) for name, subject in models.items()]
     changes = {}
     for name, subject, direction in [*directions, ("random", lab.model, noise)]:
         for where, swept in (("all", layers), ("last", range(kl[subject.name].shape[1]))):
@@ -130,14 +131,15 @@ def interchange(lab, report, layers, texts):
     batches = {"short": Pairs(texts, *shape)}
     batches["long"] = Pairs(texts[::3], *shape, lab.probe("agreement")["contexts"])
     found, maps = {}, {}
-    for subject in lab.subjects:
+    for name, subject in lab.models.items():
         for length, pairs in batches.items():
             recovery = recover(subject, pairs, rng)
-            found[subject.name, length] = recovery
-            at = {"model": subject.name, "control": length}
+            found[name, length] = recovery
+            at = {"model": name, "control": length}
             report.row("crossing, last token", recovery.crossing.value, **at)
             for layer, value in enumerate(recovery.curve):
                 report.row("recovery, last token", value, layer=layer, pos="last", **at)
+    for subject in lab.subjects:
         whole = found[subject.name, "short"].whole[::3]
         changes = to_numpy(patch_places(subject, fewer, fewer.places(), layers))  # (places, layers, B)
         maps[subject.name] = np.stack([mean_recovery(change.T, whole) for change in changes])
@@ -158,7 +160,8 @@ def run(lab: Lab, config=None) -> Report:
     native = changes["reflow", "all"]
     thirds = Scores({"native": native[:, early].mean(1), "last third": native[:, late].mean(1)})
     thirds["random direction"] = changes["random", "all"][:, early].mean(1)
-    thirds["step 0"] = changes["step 0", "all"][:, early].mean(1)
+    for name in lab.nulls:
+        thirds[name] = changes[name, "all"][:, early].mean(1)
     report.effect("early_injection", thirds, "windows", published=PUBLISHED)
 
     # The last token must be the same in both prompts of a pair.
@@ -166,13 +169,13 @@ def run(lab: Lab, config=None) -> Report:
     texts = [pair for pair in pairs if encode(pair["clean"])[-1] == encode(pair["corrupted"])[-1]]
     found, maps = interchange(lab, report, layers, texts)
     short = found["reflow", "short"]
-    points = {subject.name: found[subject.name, "short"].points for subject in lab.subjects}
+    points = {name: recovery.points for (name, length), recovery in found.items() if length == "short"}
     points = Scores({"native": points.pop("reflow"), **points})
     report.effect("earlier", points, "pairs", lower=True)
     contexts = Scores({"native": found["reflow", "long"].points, "short": short.points[::3]})
     report.effect("long_context", contexts, "pairs", published=PUBLISHED_LONG)
 
-    right = {subject.name: np.mean(found[subject.name, "short"].whole > 0) for subject in lab.subjects}
+    right = {name: np.mean(found[name, "short"].whole > 0) for name in lab.models}
     report.numbers |= {
         "crossing": {", ".join(key): asdict(recovery.crossing) for key, recovery in found.items()},
         "lens depth": {name: asdict(estimate(lens_depth(values))) for name, values in kl.items()},
@@ -183,7 +186,7 @@ def run(lab: Lab, config=None) -> Report:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in right.items())
     report.notes.append(f"Pairs told apart the right way round: {shares}.")
     report.gallery = gallery(texts, short)
-    draw_curves(report, changes, found, kl, layers)
+    draw_curves(report, changes, found, {s.name: kl[s.name] for s in lab.subjects}, layers)
     most = int(np.abs(short.whole).argmax())
     draw_maps(report, lab, maps, texts[most], short.whole[most], layers)
     return report
@@ -209,14 +212,12 @@ def draw_curves(report, changes, found, kl, layers):
     )
     with report.figure("curves", title, 1, 3, size=(12.5, 4.4)) as axes:
         left, middle, right = axes
-        for (name, where), values in changes.items():
-            if where == "all":
-                plot_band(left, layers, values, name, label=name)
-            else:
-                plot_band(left, range(values.shape[1]), values, name, "o:")
+        for name in (*kl, "random"):
+            plot_band(left, layers, changes[name, "all"], name, label=name)
+            plot_band(left, range(changes[name, "last"].shape[1]), changes[name, "last"], name, "o:")
         left.plot([], [], "k:", label="last position")
-        for (name, length), r in found.items():
-            dash = "o-" if length == "short" else "o--"
+        for name, length, dash in ((n, *how) for n in kl for how in (("short", "o-"), ("long", "o--"))):
+            r = found[name, length]
             middle.plot(r.curve, dash, ms=3, color=COLOURS[name], label=f"{name}, {length}")
             middle.fill_between(range(len(r.curve)), *r.band, color=COLOURS[name], alpha=0.12, lw=0)
         for name, values in kl.items():

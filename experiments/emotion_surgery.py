@@ -18,7 +18,7 @@ Method
     test templates, since all prompts share one direction. Tilt: the log-odds of the positive against the
     negative words. Anti-steerable: prompts whose tilt has a negative slope (Tan et al., 2407.12404).
 
-    Controls: random mixtures of signals, shuffled labels of the words, the untrained model. Rivals: DiffMean
+    Controls: random mixtures of signals, shuffled labels of the words, null models. Rivals: DiffMean
     (Wu et al., 2501.17148), the mean stream behind the steered blocks at a positive word minus that at a
     negative one; the plain GPT.
 
@@ -41,13 +41,13 @@ import numpy as np
 import torch
 
 import hooks
-from experiments.lab import Lab, Report, Scores, run_experiment, sentiment
+from experiments.lab import Lab, Report, Scores, nulls, run_experiment, sentiment
 from experiments.lab.continuations import as_text, fluency, sample
 from experiments.lab.plots import plot_curves, plot_scores
 
 CLAIMS = {
     "steers": "a sentiment direction made of recipes raises held-out positive words over negative ones, more "
-    "than random directions and shuffled labels do and more than before training",
+    "than random directions and shuffled labels do and more than in null models",
     "beats_diffmean": "the sentiment direction steers further than a difference of mean activations and than "
     "the plain GPT's direction",
     "few_signals": "an eighth of the signals of the sentiment direction steers more nearly like all of it "
@@ -56,7 +56,7 @@ CLAIMS = {
 PUBLISHED = 'flips "terrible" to "great"; works entering layers 0 to 12 of 32 (464M, OpenWebText)'
 STRENGTHS = (-2.0, -1.0, 1.0, 2.0)  # residual norms; symmetric, so that a slope needs no intercept
 CHOICES = (0.5, 1.0, 2.0)  # strengths of which the best is chosen for the continuations
-CONTROLS = ("random", "shuffled labels", "step 0")
+CONTROLS = ("random", "shuffled labels", *nulls.NAMES)
 DRAWS = 5  # random directions, and shufflings of the labels
 
 
@@ -158,9 +158,9 @@ def compare_directions(lab, respond, build, prompts, layer):
         "native": built(model, build),
         "random": mean([respond(model, code @ d.atoms) for code in mixtures]),
         "shuffled labels": mean([built(model, pairs) for pairs in shuffles]),
-        "step 0": built(lab.step0, build),
         "diffmean": respond(model, sentiment.diff_mean(model.net, prompts, build, layer)),
     }
+    found |= {name: built(subject, build) for name, subject in lab.nulls.items()}
     if lab.baseline:
         found["baseline"] = built(lab.baseline, build)
     return {metric: Scores({name: r[metric] for name, r in found.items()}) for metric in found["native"]}
@@ -180,7 +180,7 @@ def run(lab: Lab, config=None) -> Report:
     # The whole direction, its controls and its rivals.
     whole = compare_directions(lab, respond, build, dev[:8], layers[-1] + 1)
     slopes = whole["slope"]
-    steers = Scores({name: slopes[name] for name in ("native", *CONTROLS)})
+    steers = Scores({name: slopes[name] for name in ("native", *CONTROLS) if name in slopes})
     rivals = Scores({name: values for name, values in slopes.items() if name not in CONTROLS})
     report.effect("steers", steers, "word pairs", published=PUBLISHED)
     report.effect("beats_diffmean", rivals, "word pairs")

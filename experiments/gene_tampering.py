@@ -19,7 +19,7 @@ Method
 
     Unit of the swap: a pair of tokens. Unit of the added direction: a pair of held-out words, averaged over
     the templates; half of the difference that the sign of the direction makes. Controls: random edits of
-    equal length, and the same edit of the untrained model. The plain GPT is edited the same way.
+    equal length, and the same edit of null models. The plain GPT is edited the same way.
 
     An edit of recipes is an edit of rows of E. A whole swap on both sides only renames two tokens: its size
     says that contexts tell them apart, and nothing about signals. The claim about signals keeps only the
@@ -49,9 +49,9 @@ from experiments.lab.plots import plot_scores
 
 CLAIMS = {
     "swap": "exchanging the recipes of two tokens makes the model predict one for the other, more than "
-    "random edits do and more than before training",
+    "random edits do and more than in null models",
     "tilt": "the sentiment direction in the rows of the most common tokens tilts the templates, more than "
-    "random directions do and more than before training",
+    "random directions do and more than in null models",
     "few_signals": "an eighth of the signals comes nearer to the whole exchange than as many of other "
     "dictionaries (distance in log-odds, over the size of the whole)",
 }
@@ -127,7 +127,7 @@ def run(lab: Lab, config=None) -> Report:
     def odds(net):
         return token_log_odds(net, states_before(net, task.contexts), task.old, task.new)
 
-    before = {s.name: odds(hooks.with_embedding(s.net, s.E)) for s in lab.subjects}
+    before = {name: odds(hooks.with_embedding(s.net, s.E)) for name, s in lab.models.items()}
 
     def gain(subject, change):
         return (odds(edit(subject, task.old, change)) - before[subject.name]).mean(1)
@@ -137,7 +137,9 @@ def run(lab: Lab, config=None) -> Report:
 
     whole = exchange(d, task.old, task.new)
     random = [gain(model, random_like(d, whole, generator)) for _ in range(DRAWS)]
-    swaps = Scores({"native": swap(model), "random": np.mean(random, axis=0), "step 0": swap(lab.step0)})
+    swaps = Scores({"native": swap(model), "random": np.mean(random, axis=0)})
+    for name, subject in lab.nulls.items():
+        swaps[name] = swap(subject)
 
     def kept(subject, whole, other):
         """Change of log-odds by the largest entries alone, and how far it is from the whole, (n,) each."""
@@ -165,13 +167,15 @@ def run(lab: Lab, config=None) -> Report:
 
     noise = hooks.unit(random_like(d, added(model), generator)[:DRAWS])  # one direction for all rows
     lengths = model.E[common].norm(dim=1, keepdim=True)
-    tilts = Scores({"native": tilt(model, added(model)), "step 0": tilt(lab.step0, added(lab.step0))})
+    tilts = Scores({"native": tilt(model, added(model))})
+    for name, subject in lab.nulls.items():
+        tilts[name] = tilt(subject, added(subject))
     tilts["random"] = np.mean([tilt(model, direction * lengths) for direction in noise], axis=0)
 
     if lab.baseline:
         tilts["baseline"] = tilt(lab.baseline, added(lab.baseline))
     pairs = np.arange(len(task.old)) // 2
-    controls = ("random", "step 0")
+    controls = ("random", *lab.nulls)
     report.effect("swap", swaps, "pairs of tokens", controls, pairs)
     report.effect("tilt", tilts, "word pairs", controls, published=PUBLISHED)
     report.signals("few_signals", few["distance"], "pairs of tokens", groups=pairs, lower=True)

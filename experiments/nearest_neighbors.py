@@ -10,7 +10,7 @@ Method
     Candidates are the labelled words that the model knows, not the vocabulary, hence the chance level.
     "Apart" leaves out forms of one word: the shorter one's first max(3, length - 2) letters begin the other,
     or the word lists have the two as singular and plural. Controls: permuted labels (their mean in closed
-    form), the untrained model, recipes shuffled among words of like frequency. Spaces and gauges, a
+    form), null models, recipes shuffled among words of like frequency. Spaces and gauges, a
     description: lab/spaces.py. Hubness: skewness of how often a word is among the 10 nearest of others. Unit:
     a word; words of one category are resampled together.
 

@@ -31,14 +31,14 @@ from data.words import token_text
 from experiments.lab import Lab, Report, run_experiment
 from experiments.lab.analogies import METHODS, QUESTIONS, build, candidates, ranks, relations
 from experiments.lab.plots import plot_dot, plot_scores
-from experiments.lab.spaces import compare_spaces, spaces, split
+from experiments.lab.spaces import UNTAUGHT, compare_spaces, spaces, split
 
 CLAIMS = {
     "analogies": "b - a + c ranks the answer higher than b, c or b + c do (reciprocal rank, recipes)",
     "best_space": "analogies in recipe space beside random gauges and other spaces (reciprocal rank)",
 }
 PUBLISHED = "3 of 3 examples: queen and ran at rank 1, Beijing at rank 2 (464M, OpenWebText)"
-CONTROLS = ("only b", "only c", "b + c", "step 0", "shuffled")
+CONTROLS = ("only b", "only c", "b + c")
 EXAMPLES = (
     ("man", "king", "woman", "queen"),
     ("walking", "walked", "running", "ran"),
@@ -72,7 +72,8 @@ def run(lab: Lab) -> Report:
     kept = ranks(codes["native"], questions, ("3CosAdd",), honest=True)["3CosAdd"]
     analogies["query words kept"] = 1 / kept
 
-    report.effect("analogies", analogies, "target pairs", CONTROLS, groups=target, published=PUBLISHED)
+    controls = [*CONTROLS, *(name for name in UNTAUGHT if name in analogies)]
+    report.effect("analogies", analogies, "target pairs", controls, groups=target, published=PUBLISHED)
     report.gauge("best_space", best_space, "target pairs", groups=target)
     for k in (1, 5):
         report.scores(f"accuracy@{k}", rank.map(accuracy(k)))

@@ -42,11 +42,11 @@ from experiments.lab.probes import labelled
 from experiments.lab.stats import benjamini_hochberg, kurtosis, regress_out
 
 CLAIMS = {
-    "enriched": "more signals are enriched for a category of words than before training or by random labels",
+    "enriched": "more signals are enriched for a category of words than in null models or by random labels",
     "separates": "a native signal separates its category from other words better than other signals do",
 }
 PUBLISHED = "one strong signal's codebook: the, a, in, to, an, at (464M, OpenWebText)"
-CONTROLS = ("step 0", "shuffled", "permuted labels")
+CONTROLS = ("shuffled", "permuted labels")  # beside the null models
 LABELLINGS = 10  # permuted labels
 SAMPLE = 5000  # tokens of the column statistics
 
@@ -162,9 +162,9 @@ class Codebook:
 
 
 def other_dictionaries(lab):
-    """{name: Dictionary}: untrained and shuffled recipes, coordinates of E and of the plain GPT's E."""
+    """{name: Dictionary}: of null models, shuffled recipes, coordinates of E and of the plain GPT's E."""
     E = lab.model.E
-    found = {"step 0": lab.step0.dictionary, "shuffled": lab.shuffled.dictionary}
+    found = {name: subject.dictionary for name, subject in (lab.nulls | {"shuffled": lab.shuffled}).items()}
     found["E"] = Dictionary("E", E, E.new_ones(E.size(1)).diag())
     if lab.baseline:
         found["baseline"] = lab.baseline.dictionary
@@ -201,7 +201,7 @@ def run(lab: Lab, config=None) -> Report:
     codes = residuals(native.part(ids))
     permuted = [discoveries(enrichment(codes, rng.permutation(labels))) for _ in range(LABELLINGS)]
     share["permuted labels"] = np.mean([each.any(0) for each in permuted], axis=0)
-    report.effect("enriched", share, "signals", CONTROLS, published=PUBLISHED)
+    report.effect("enriched", share, "signals", [*lab.nulls, *CONTROLS], published=PUBLISHED)
     paired = Scores({"native": held.native}, held.gauges, missing=held.missing)
     for name in ("pca", "ica", "E", "baseline"):
         if name in held:

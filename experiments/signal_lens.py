@@ -143,11 +143,11 @@ def run(lab: Lab, config=None) -> Report:
     half = len(net.blocks) // 2
 
     # The logit lens of every model.
-    depths = {subject.name: read_depth(subject.net, x) for subject in lab.subjects}
+    depths = {name: read_depth(subject.net, x) for name, subject in lab.models.items()}
     own = depths["reflow"]
     token = own.top[:, -1]  # (n,), the final top token of each context
     agreement = {name: depth.agreement(depth.top[:, -1]) for name, depth in depths.items()}
-    agreed = Scores({"native": agreement["reflow"], "step 0": agreement["step 0"]})
+    agreed = Scores({"native": agreement["reflow"]} | {name: agreement[name] for name in lab.nulls})
     agreed["another context"] = own.agreement(token.roll(-1))
     report.effect("lens_half", agreed.map(lambda v: v[:, half] - v[:, 0]), "contexts")
     for name, depth in depths.items():

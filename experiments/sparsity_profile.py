@@ -43,12 +43,12 @@ from experiments.lab.spaces import POOL, less_shared
 from experiments.lab.stats import gini, kurtosis
 
 CLAIMS = {
-    "sparse": "recipes are sparser than Gaussian rows and than before training (Gini)",
+    "sparse": "recipes are sparser than Gaussian rows and than in null models (Gini)",
     "privileged": "recipes are sparser in the native signals than in any others (Gini)",
     "truncation": "keeping the largest eighth of each recipe costs less loss than in any other signals",
 }
 PUBLISHED = "11.38 % active, usage Gini 0.085 (464M, OpenWebText, threshold not stated)"
-CONTROLS = ("gaussian", "gaussian, same covariance", "step 0")
+CONTROLS = ("gaussian", "gaussian, same covariance")  # beside the null models
 N_TOKENS = 2000
 N_GAUGES = 99  # rotations that the Gini is compared with
 THRESHOLDS = (0.25, 0.5, 1.0, 1.58, 2.0, 3.0, 4.0)  # in root mean squares of the row
@@ -143,15 +143,15 @@ def run(lab: Lab, config=None) -> Report:
     with_frequent = np.append(tokens, lab.words.known_tokens()[:POOL])
     found = lab.compare(lambda d: measure(rows_of(d, n)), tokens=with_frequent)
     rows = random_rows(rows_of(native.part(with_frequent), n), lab.rng("nulls"))
-    for subject in (lab.step0, lab.baseline):
-        if subject is not None:
-            rows[subject.name] = rows_of(subject.dictionary.part(with_frequent), n)
+    for name, subject in lab.models.items():
+        if subject is not lab.model:
+            rows[name] = rows_of(subject.dictionary.part(with_frequent), n)
     for name, values_of in ((name, measure(part)) for name, part in rows.items()):
         for metric, values in values_of.items():
             found[metric][name] = values
     sparsity = found.pop("row gini")
-    untrained = Scores({name: sparsity[name] for name in ("native", *CONTROLS)})
-    report.effect("sparse", untrained, "tokens", published=PUBLISHED)
+    nothing = Scores({name: sparsity[name] for name in ("native", *CONTROLS, *lab.nulls)})
+    report.effect("sparse", nothing, "tokens", published=PUBLISHED)
     privileged = lab.compare(lambda d: gini(rows_of(d, n)), tokens=with_frequent, n_gauges=N_GAUGES)
     report.signals("privileged", privileged, "tokens")
     as_they_are = lab.compare(lambda d: gini(to_numpy(d.codes)), tokens=tokens)

@@ -5,7 +5,7 @@ Do a word and its opposite share their strongest signals?
 
 Method
     The share of the eight largest entries of a word's centred recipe that are among its opposite's. Controls:
-    opposites of other words, the untrained model. Unit: a pair. To make it yours: copy, rename, change.
+    opposites of other words, the null models. Unit: a pair. To make it yours: copy, rename, change.
 
 Cost
     Seconds, mostly for the fit of ICA.
@@ -46,7 +46,8 @@ def run(lab: Lab, config=None) -> Report:
     tokens = torch.tensor(known_pairs(lab, "opposites")).T.flatten()  # (2n,)
     found = lab.compare(overlap, tokens=tokens)
     shared = Scores({"native": found["own"].native, "others": found["others"].native})
-    shared["step 0"] = overlap(lab.step0.dictionary.part(tokens))["own"]
+    for name, subject in lab.nulls.items():
+        shared[name] = overlap(subject.dictionary.part(tokens))["own"]
     report.effect("shared", shared, "pairs")
     report.signals("privileged", found["excess"], "pairs")
     title = f"A word and its opposite share {shared.native.mean():.0%} of their {TOP} strongest signals"

@@ -121,13 +121,15 @@ def token(word):
     return found
 
 
-def planted_pairs(pairs, sides=(), turn=False):
+def planted_pairs(pairs, sides=(), turn=False, aside=False):
     """Blocks that do nothing; the words of a pair share most of a sparse recipe; rows of length 1.
 
     `sides`: two lists of words that have +1 and -1 of signal 0. `turn`: the same E and the same function,
-    with the signals rotated at random.
+    with the signals rotated at random. `aside`: block 0 writes the context where no token reads it, so that
+    little is needed to force a token.
     """
-    model = silent(tiny())
+    n_embd = 32 if aside else 16
+    model = silent(tiny(n_embd=n_embd, n_signal=16))
     generator = torch.Generator().manual_seed(1)
     codes = 0.02 * torch.randn(model.vocab.recipe.shape, generator=generator)
     for i, pair in enumerate(pairs):
@@ -139,7 +141,10 @@ def planted_pairs(pairs, sides=(), turn=False):
         codes[[token(word) for word in side], 0] = sign * 1.0
     used = sorted({token(word) for pair in pairs for word in pair})
     codes[used] /= codes[used].norm(dim=1, keepdim=True)  # of equal rows none outdoes another along itself
-    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    frame = torch.linalg.qr(torch.randn(n_embd, n_embd, generator=generator)).Q
+    basis, unread = frame[:16], frame[16:]
+    if aside:
+        averaging(model, 0, value=unread.T @ basis, gain=4.0)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q if turn else torch.eye(16)
     with torch.no_grad():
         model.vocab.recipe.copy_(codes @ rotation)

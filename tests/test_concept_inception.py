@@ -36,14 +36,14 @@ def data(tmp_path_factory):
 
 
 def planted(turn=False):
-    return planted_pairs(pairs(), turn=turn)
+    return planted_pairs(pairs(), turn=turn, aside=True)
 
 
 @pytest.fixture(scope="module")
 def report(data, tmp_path_factory):
     """The report on a planted run with a plain GPT beside it."""
     out = tmp_path_factory.mktemp("out")
-    save_run(out / "dense", tiny(3, vocab="dense"), data)
+    save_run(out / "dense", tiny(3, n_embd=32, vocab="dense"), data)
     lab = open_lab(save_run(out / "planted", planted(), data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concept_inception, "N_TARGETS", 24)
@@ -75,7 +75,7 @@ def test_the_closed_form_agrees_with_brute_force():
 
 
 def test_the_search_agrees_with_the_closed_form_through_silent_blocks():
-    subject = Subject("reflow", planted())
+    subject = Subject("reflow", planted_pairs(pairs()))
     idx = torch.tensor([[token(word) for word in pair] for pair in pairs()[:20]])
     targets = torch.tensor([token(pair[0]) for pair in pairs()[20:40]])
     direction = subject.E[targets]

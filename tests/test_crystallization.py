@@ -78,8 +78,10 @@ def test_nothing_is_found_before_training(tmp_path):
     report.save()
     result = read_result(report.folder / "result.json")
     assert [claim.verdict for claim in result.claims] == ["not supported"] * 3
-    assert result.claims[1].controls.keys() == {"baseline", "step 0"}
+    assert result.claims[1].controls.keys() == {"baseline", "step 0", "noise"}
     assert result.numbers["crossing"].keys() == {
-        f"{name}, {length}" for name in ("reflow", "baseline", "step 0") for length in ("short", "long")
+        f"{name}, {length}"
+        for name in ("reflow", "baseline", "step 0", "noise")
+        for length in ("short", "long")
     }
     assert result.gallery and all((report.folder / figure.file).exists() for figure in result.figures)

@@ -23,9 +23,9 @@ def test_edits_of_planted_recipes_work(reports):
     assert found["swap"] == found["tilt"] == "supported"
     assert report["few_signals"].beats_gauges and report["few_signals"].lower
     assert report.numbers["few_signals"]["native"] < 0.5 * min(report.numbers["few_signals"]["gauges"])
-    assert report["swap"].controls.keys() == {"random", "step 0"}
+    assert report["swap"].controls.keys() == {"random", "step 0", "noise"}
     assert report["few_signals"].controls.keys() == {"pca", "ica", "baseline", "baseline ica"}
-    assert report.numbers["swap"].keys() == {"native", "random", "step 0", "baseline"}
+    assert report.numbers["swap"].keys() == {"native", "random", "step 0", "noise", "baseline"}
     report.save()
     result = read_result(report.folder / "result.json")
     assert [figure.file for figure in result.figures] == ["edits.png"]

@@ -74,8 +74,8 @@ def test_every_space_is_measured_once_on_the_chosen_tokens(lab):
 
     found = compare_spaces(lab, measure, tokens)
     own = spaces(lab, tokens)
-    assert set(own) == {"native", "E", "baseline", "step 0", "shuffled"}
-    assert set(found["mean"]) == {*own, "pca", "ica"} and len(seen) == 7 + 19
+    assert set(own) == {"native", "E", "baseline", "step 0", "noise", "shuffled"}
+    assert set(found["mean"]) == {*own, "pca", "ica"} and len(seen) == 8 + 19
     assert all(len(codes) == 40 for codes in seen)
     for name, codes in own.items():
         assert found["mean"][name] == pytest.approx(codes.double().mean(1).numpy(), abs=1e-6)

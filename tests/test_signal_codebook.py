@@ -122,7 +122,7 @@ def test_nothing_is_found_before_training(untrained):
     assert [claim.verdict for claim in result.claims] == ["not supported", "not supported"]
     assert result.figures and all((report.folder / figure.file).exists() for figure in result.figures)
     assert result.gallery and (report.folder / "rows.csv").stat().st_size > 1000
-    assert report["enriched"].controls.keys() == {"step 0", "shuffled", "permuted labels"}
+    assert report["enriched"].controls.keys() == {"step 0", "noise", "shuffled", "permuted labels"}
     assert report["separates"].controls.keys() == {"pca", "ica", "E", "baseline"}
 
 

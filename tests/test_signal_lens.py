@@ -72,10 +72,13 @@ def test_of_a_larger_dictionary_a_random_part_counts():
 
 
 def test_a_first_half_that_decides_is_seen(tmp_path, data):
-    """Block 0 turns the token into another, block 1 adds nothing; and signals are those of any rotation."""
+    """Block 0 turns the token into another, block 1 writes where no token reads; noise writes everywhere."""
     net = silent(tiny(0))
-    for weight in net.blocks[0].mlp.parameters():
-        torch.nn.init.normal_(weight)
+    net.vocab.basis.data[:, 8:] = 0  # tokens read and write one half of the stream
+    for block in net.blocks:
+        for weight in block.mlp.parameters():
+            torch.nn.init.normal_(weight)
+    net.blocks[1].mlp.down.weight.data[:8] = 0
     claims = signal_lens.run(open_lab(save_run(tmp_path / "run", net, data))).claims
     assert [claim.verdict for claim in claims] == ["supported", "not supported", "not supported"]
     assert claims[0].measured.value > 0.9

@@ -144,7 +144,7 @@ def test_an_untrained_run_supports_nothing(tmp_path, data):
     assert files_are_there(report)
     result = read_result(report.folder / "result.json")
     named = {"native", "rotated", "pca", "ica"}
-    others = {"gaussian", "gaussian, same covariance", "laplace", "step 0", "baseline"}
+    others = {"gaussian", "gaussian, same covariance", "laplace", "step 0", "noise", "baseline"}
     assert named | others == set(result.numbers["active"])
     assert "1.58" in result.numbers["active"]["gaussian"]
     assert named == set(result.numbers["loss_added"])

@@ -35,7 +35,12 @@ def test_it_writes_a_result_in_which_an_untrained_model_shows_nothing(lab):
         ("privileged", "signals"),
     ]
     assert {claim.verdict for claim in result.claims} == {"not supported"}
-    assert sorted(path.name for path in report.folder.iterdir()) == ["overlap.png", "result.json", "rows.csv"]
+    assert sorted(path.name for path in report.folder.iterdir()) == [
+        "overlap.png",
+        "result.json",
+        "rows.csv",
+        "units.npz",
+    ]
 
 
 def test_it_is_short_and_none_of_the_twelve():

@@ -1,7 +1,7 @@
 """
 Scores, and the rules that turn them into verdicts.
 
-    effect    The measured value beats chance. For every control (untrained model, shuffled recipes, random
+    effect    The measured value beats chance. For every control (null model, shuffled recipes, random
               direction, ...) the lower end of the 95 % bootstrap interval of the paired difference must be
               above zero.
     signals   The learned dictionary is special. It must beat all but 5 % of at least 19 random changes of

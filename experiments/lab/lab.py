@@ -254,6 +254,11 @@ class Lab:
         found = [self.model, self.baseline, self.step0]
         return [subject for subject in found if subject is not None]
 
+    @property
+    def models(self):
+        """{name: Subject} of the run's model, its baseline if there is one, and the null models."""
+        return {subject.name: subject for subject in self.subjects} | self.nulls
+
     def identity(self):
         """What a result belongs to and is made from; with the same code, equal means the same result."""
         trained = [subject for subject in (self.model, self.baseline) if subject is not None]

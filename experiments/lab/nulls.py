@@ -33,6 +33,7 @@ from data.shards import Writer, user_cache
 from hardware import flops_per_token
 from model import ModelConfig
 
+NAMES = ("step 0", "noise", "shuffled text")
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 BUDGET = 2e13  # floating-point operations of training: 3 minutes on two cores with bf16 instructions
 LEAST_STEPS = 100  # of a training that BUDGET cuts short

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 
 from dictionary import skewed
+from experiments.lab import nulls
 from experiments.lab.claims import Scores
 
 POOL = 2000  # frequent words or tokens, whose mean is subtracted from the codes
-UNTRAINED = ("step 0", "shuffled")  # spaces without structure: the controls of an effect
+UNTAUGHT = (*nulls.NAMES, "shuffled")  # spaces without structure: the controls of an effect
 
 
 def spaces(lab, tokens):
-    """{name: codes (n, dims)} of `tokens` (n,): recipes, E, the plain GPT, recipes untrained and shuffled."""
+    """{name: codes (n, dims)} of `tokens` (n,): recipes, E, the plain GPT, those of UNTAUGHT."""
     codes = {"native": lab.model.dictionary.codes, "E": lab.model.E}
     if lab.baseline:
         codes["baseline"] = lab.baseline.E
-    codes["step 0"] = lab.step0.dictionary.codes
+    codes |= {name: subject.dictionary.codes for name, subject in lab.nulls.items()}
     codes["shuffled"] = lab.shuffled.dictionary.codes
     index = torch.as_tensor(tokens).to(lab.device)
     return {name: rows[index] for name, rows in codes.items()}
@@ -49,10 +50,10 @@ def compare_spaces(lab, measure, tokens):
 
 
 def split(scores):
-    """Scores in two parts, both with the native values: (untrained and shuffled; gauges and rival spaces)."""
-    untrained = Scores({name: scores[name] for name in ("native", *UNTRAINED)})
-    rivals = {name: values for name, values in scores.items() if name not in UNTRAINED}
-    return untrained, Scores(rivals, scores.gauges, scores.gauge, scores.missing)
+    """Scores in two parts, both with the native values: (those of UNTAUGHT; gauges and rival spaces)."""
+    controls = {name: scores[name] for name in ("native", *UNTAUGHT) if name in scores}
+    rivals = {name: values for name, values in scores.items() if name not in UNTAUGHT}
+    return Scores(controls), Scores(rivals, scores.gauges, scores.gauge, scores.missing)
 
 
 def centred(codes, n):
