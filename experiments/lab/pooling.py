@@ -63,13 +63,12 @@ def read_units(folder):
 def pool_claim(claims, units):
     """One Claim of the same claim in M models: Claims, and of each {way: {name: values}}."""
     first = claims[0]
-    ways = [way for way in units[0] if all(way in found for found in units)]
-    if not ways:
-        reasons = "; ".join(claim.reason for claim in claims)
-        fields = rules.missing(first.kind, f"not measured in every model: {reasons}")
+    undecided = [claim.reason for claim in claims if claim.verdict == "inconclusive"]
+    if undecided:
+        fields = rules.missing(first.kind, f"inconclusive in {len(undecided)} models: {undecided[0]}")
     else:
-        outcomes = {way: pool_way(first, [found[way] for found in units]) for way in ways}
-        fields = rules.weaker(outcomes) if len(outcomes) > 1 else outcomes[ways[0]]
+        outcomes = {way: pool_way(first, [found[way] for found in units]) for way in units[0]}
+        fields = rules.weaker(outcomes) if len(outcomes) > 1 else next(iter(outcomes.values()))
     return make_claim(first.experiment, first.key, first.claim, fields, first.published)
 
 
@@ -82,7 +81,7 @@ def pool_way(claim, units):
     model = np.repeat(np.arange(len(units)), sizes)
     own = [found.get("(groups)", np.arange(n)) for found, n in zip(units, sizes, strict=True)]
     groups = np.concatenate(own)
-    groups = np.unique(np.stack([model, groups]), axis=1, return_inverse=True)[1]
+    groups = np.unique(np.stack([model, groups]), axis=1, return_inverse=True)[1].ravel()
     pooled = Scores({name: np.concatenate([found[name] for found in named]) for name in names})
     pooled.missing = dict.fromkeys(sorted(every - set(names)), "it was not measured in every model")
     if claim.gauges is not None:
@@ -95,7 +94,7 @@ def pool_way(claim, units):
         return found | {"measured": estimate(pooled.native, groups, model), "controls": controls}
 
     rule = rules.signals if claim.kind == "signals" else rules.effect
-    found = rule(pooled, claim.unit, None, groups.ravel(), claim.lower, ("models", model))
+    found = rule(pooled, claim.unit, None, groups, claim.lower, ("models", model))
     if len(units) < LEAST_MODELS:
         return found | {"verdict": "inconclusive", "reason": f"only {len(units)} models; {found['reason']}"}
     sign = -1 if claim.lower else 1
