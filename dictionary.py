@@ -141,18 +141,20 @@ def ica(E, fit, seed=0):
     k = len(variances)
     z = rows @ axes.T  # (V, r)
     z[:, :k] /= variances.sqrt()
-    white = (z[fit, :k] - z[fit, :k].mean(0)).float().numpy()  # (n, k); fp32 takes half the time
+    white = (z[fit, :k] - z[fit, :k].mean(0)).numpy()  # (n, k)
     fast = FastICA(whiten=False, random_state=seed, max_iter=ICA_STEPS, tol=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # `fit` of the result says it
-        try:
-            turn = torch.from_numpy(fast.fit(white).components_).double()  # (k, k)
-            u, s, v = torch.linalg.svd(turn)
-        except (ValueError, np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
-            raise UserError(f"ICA of this embedding failed: {error}") from None
-    if not (s - 1).abs().max() < 1e-2:
+    for precision in (np.float32, np.float64):  # fp32 takes half the time; Gaussian rows may need more
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `fit` of the result says it
+            try:
+                u, s, v = np.linalg.svd(fast.fit(white.astype(precision)).components_.astype(float))  # (k, k)
+            except (ValueError, np.linalg.LinAlgError) as error:
+                raise UserError(f"ICA of this embedding failed: {error}") from None
+        if np.abs(s - 1).max() < 1e-2:
+            break
+    else:
         raise UserError("ICA of this embedding failed: what it found is no rotation")
-    turn = u @ v  # exactly orthogonal, so that its transpose undoes it
+    turn = torch.from_numpy(u @ v)  # exactly orthogonal, so that its transpose undoes it
     z[:, :k] = z[:, :k] @ turn.T
     axes[:k] = turn @ (variances.sqrt()[:, None] * axes[:k])
     found = Dictionary("ica", z.to(E), axes.to(E))
