@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+import dictionary
+from configurator import UserError
 from experiments import basis_geometry
 from experiments.lab.claims import Scores, effect
 from experiments.lab.stats import two_sided
@@ -80,6 +82,27 @@ def test_a_privileged_basis_that_training_moved_is_found(tmp_path, text):
     assert report.numbers["row_kurtosis"]["reflow"]["p_two_sided"] == pytest.approx(0.01)
     assert 0.2 < report.numbers["shape"]["basis"]["energy unseen"] < 0.8
     assert report.numbers["signals"] == 64 and report.numbers["n_embd"] == 32
+
+
+def test_without_ica_the_experiment_goes_on_and_its_signals_claim_is_open(tmp_path, text, monkeypatch):
+    """A rival that cannot be found was not beaten; all else is decided and drawn."""
+
+    def fail(E, fit, seed):
+        raise UserError("ICA of this embedding failed: no luck")
+
+    monkeypatch.setattr(dictionary, "ica", fail)
+    report = basis_geometry.run(open_lab(save_run(tmp_path / "run", moved_and_sparse(), text, start=START)))
+    assert verdicts(report) == {"movement": "supported", "privileged": "inconclusive"}
+    assert "ica is missing: ICA of this embedding failed: no luck" in report["privileged"].reason
+    assert report["privileged"].beats_gauges and "no luck" in report.numbers["fit of ICA"]["reflow"]
+    assert files_are_there(report)
+
+
+def test_how_ica_went_is_in_the_numbers(tmp_path, text):
+    report = basis_geometry.run(open_lab(save_run(tmp_path / "run", moved_and_sparse(), text, start=START)))
+    fit = report.numbers["fit of ICA"]["reflow"]
+    assert fit["rows"] == len(report.lab.words.known_tokens()) and fit["threads"] == 1
+    assert isinstance(fit["converged"], bool) and fit["reconstruction error"] < 1e-4
 
 
 def test_without_its_own_start_a_run_shows_no_movement(tmp_path, text):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.lab import Scores
-from experiments.lab.claims import ROUNDING, below, effect, make_claim, signals
+from experiments.lab.claims import ROUNDING, below, effect, gauge, make_claim, signals, weaker
 
 
 def test_scores_hold_numpy_values_whatever_they_are_given():
@@ -136,6 +136,72 @@ def test_the_gauges_of_a_claim_are_their_mean_and_range_and_their_kind():
     assert (found["gauges"].value, found["gauges"].low, found["gauges"].high) == (9, 0, 18)
     assert (found["gauge"], found["n_gauges"], found["p"]) == ("skewed", 19, 0.1)  # ties count against it
     assert "19 skewed gauges" in found["reason"]
+
+
+def test_p_counts_the_gauges_that_do_as_well_and_one_that_is_not_a_number_is_not_beaten():
+    def found(*means):
+        gauges = np.array(means)[:, None].repeat(30, 1)
+        return signals(Scores({"native": np.ones(30)}, gauges), "words")
+
+    few_as_good = [2.0] * 4 + [0.0] * 95
+    assert found(*few_as_good)["p"] == pytest.approx(0.05) and found(*few_as_good)["beats_gauges"]
+    assert "beats 95 of 99 rotations" in found(*few_as_good)["reason"]
+    assert not found(2.0, *few_as_good[:-1])["beats_gauges"]
+    assert not found(*[0.0] * 18, np.nan)["beats_gauges"]
+
+
+def test_a_missing_rival_is_not_beaten():
+    """PCA is beaten, ICA could not be found: inconclusive, whatever the measures are taken from."""
+    native = np.ones(30)
+    scores = Scores({"native": native, "pca": native - 1}, np.zeros((19, 30)), missing={"ica": "it failed"})
+    found = signals(scores.map(np.negative).map(np.negative), "words")
+    assert found["verdict"] == "inconclusive" and found["reason"] == "ica is missing: it failed"
+    assert signals(scores, "words", against=["pca"])["verdict"] == "supported"
+
+
+def test_a_description_has_values_and_ranges_but_no_verdict():
+    scores = Scores(
+        {"native": np.ones(30), "E": np.zeros(30)}, np.arange(19.0)[:, None].repeat(30, 1), "skewed"
+    )
+    claim = make_claim("experiment", "key", "so it is", gauge(scores, "words"))
+    assert (claim.kind, claim.verdict, claim.measured.value) == ("gauge", "description", 1)
+    assert (claim.gauges.low, claim.gauges.high, claim.controls["E"].value) == (0, 18, 0)
+    assert claim.p is claim.beats_gauges is claim.gain is claim.weakest is None
+
+
+def test_a_claim_of_several_measurements_is_the_weakest_of_them():
+    """One failure refutes, else one doubt leaves it open, else the smaller relative gain counts."""
+
+    def outcome(gain, n=30, scale=1.0):
+        rng = np.random.default_rng(0)
+        control = rng.standard_normal(n) * 0.1 * scale
+        return effect(Scores({"native": np.full(n, scale * gain), "control": control}), "words")
+
+    strong, weak, lost, few = outcome(9), outcome(0.5, scale=100), outcome(-1), outcome(9, n=10)
+    assert strong["verdict"] == weak["verdict"] == "supported"
+    for named, decided_by, verdict in (
+        ({"a": strong, "b": weak}, "b", "supported"),
+        ({"a": lost, "b": few}, "a", "not supported"),
+        ({"a": strong, "b": few}, "b", "inconclusive"),
+    ):
+        claim = make_claim("experiment", "key", "so it is", weaker(named))
+        assert (claim.decided_by, claim.verdict) == (decided_by, verdict)
+        assert claim.measured == named[decided_by]["measured"]
+        assert {name: part.verdict for name, part in claim.outcomes.items()} == {
+            name: part["verdict"] for name, part in named.items()
+        }
+        assert all(f"{name}: {part['verdict']}" in claim.reason for name, part in named.items())
+
+
+def test_the_evidence_of_one_signal_is_that_of_one():
+    """30 prompts gain, 28 of them by one signal; the other signals lose. Prompts alone would support it."""
+    which = np.array([0] * 28 + [1, 2])
+    native = np.where(which == 0, 1.0, -3.0)
+    scores = Scores({"native": native, "control": np.zeros(30)})
+    assert effect(scores, "prompts")["verdict"] == "supported"
+    found = effect(scores, "prompts", clusters=("signals", which))
+    assert found["verdict"] == "not supported" and found["rests_on"] == {"signals": 3}
+    assert "rests on 3 distinct signals" in found["reason"] and found["n"] == 30
 
 
 def test_a_mean_is_below_a_limit_if_its_whole_interval_is():

@@ -31,6 +31,26 @@ def test_groups_widen_the_interval():
     assert grouped.value == pytest.approx(values.mean())
 
 
+def test_the_interval_over_clusters_covers_the_truth_where_that_over_units_does_not():
+    """30 signals of 2 to 19 prompts each; half of the variance is between signals."""
+    rng = np.random.default_rng(0)
+    hits = {"clusters": 0, "units": 0}
+    for i in range(200):
+        cluster = np.repeat(np.arange(30), rng.integers(2, 20, 30))
+        values = rng.standard_normal(30)[cluster] + rng.standard_normal(len(cluster))
+        for name, e in {
+            "clusters": estimate(values, None, cluster, seed=i),
+            "units": estimate(values),
+        }.items():
+            hits[name] += e.low <= 0 <= e.high
+    assert 0.88 <= hits["clusters"] / 200 and hits["units"] / 200 < 0.7
+
+
+def test_one_cluster_is_resampled_within():
+    values = np.random.default_rng(0).standard_normal(50)
+    assert estimate(values, None, np.zeros(50)) == estimate(values)
+
+
 def test_no_value_gives_no_number():
     found = estimate([])
     assert np.isnan([found.value, found.low, found.high]).all()

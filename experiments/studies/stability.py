@@ -169,7 +169,12 @@ def run(study: Study) -> Report:
     # The signals: has each a partner, and a better one than the signals of other dictionaries have?
     matches = {shape: found.matches() for shape, found in seeds.items()}
     freed, raw = matches["factored", size]["freed"], matches["factored", size]["raw"]
-    rivals = {name: ours.matched(ours.freed(ours.codes(find))) for name, find in RIVALS.items()}
+    every = [lab.rivals() for lab in ours.labs]
+    freed.missing = {name: why for lab in ours.labs for name, why in lab.missing.get("reflow", {}).items()}
+    found = {
+        name: find for name, find in RIVALS.items() if name == "E" or all(name in some for some in every)
+    }
+    rivals = {name: ours.matched(ours.freed(ours.codes(find))) for name, find in found.items()}
     if ("dense", size) in matches:
         rivals["baseline"] = matches["dense", size]["freed"].native
     rivals = {name: values for name, values in rivals.items() if values.shape == freed.native.shape}
@@ -204,6 +209,7 @@ def claim_partners(report, seeds, matched, rivals):
     report.effect("partners", partners, "signals", groups=signal)
     rng = seeds.labs[0].rng("pairs")
     native_match = Scores({"native": matched.native.ravel()}, matched.map(np.ravel).gauges)
+    native_match.missing = matched.missing
     for name in rivals:  # native signals and those of a rival are not paired
         native_match[name] = np.concatenate([rng.permutation(values) for values in matched[name]])
     report.signals("native_match", native_match, "signals", groups=signal)
