@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -252,17 +253,37 @@ def runs(out="out"):
     return [pointer.parent for pointer in newest]
 
 
+def releases():
+    """The folders of the trained models in this repository."""
+    return [path.parent for path in sorted(RELEASES.glob("*/state.json"))]
+
+
+def default_run(out="out"):
+    """The folder that stands for no --run; stderr says which one, and why. Raises UserError.
+
+    The newest run under `out` with signals, else the newest, else the first release.
+    """
+    newest = runs(out)
+    with_signals = (run for run in newest if read_state(find(run))["config"]["model"]["vocab"] != "dense")
+    if run := next(with_signals, None):
+        why = f"the newest run with signals under {out}/"
+    elif newest:
+        run, why = newest[0], f"the newest run under {out}/, none has signals"
+    elif released := releases():
+        run, why = released[0], f"no run under {out}/"
+    else:
+        raise UserError(f"no trained model under {out}/: {remedy()}")
+    print(f"--run={shortest(run)}: {why}", file=sys.stderr)
+    return run
+
+
 def find(run=None, out="out"):
     """The checkpoint folder that `run` means. Raises UserError.
 
-    `run` is a run's folder (its best checkpoint, else its latest), a step_... folder, a release, or None: the
-    newest run under `out`.
+    `run` is a run's folder (its best checkpoint, else its latest), a step_... folder, a release, or None: see
+    `default_run`.
     """
-    if run is None:
-        run = next(iter(runs(out)), None)
-        if run is None:
-            raise UserError(f"no trained model under {out}/: {remedy()}")
-    run = Path(run)
+    run = default_run(out) if run is None else Path(run).expanduser()
     if run.is_file():
         raise UserError(
             f"{run} is a file: --run takes a folder such as out/reflow-nano; pickles are never loaded"
@@ -276,20 +297,28 @@ def find(run=None, out="out"):
             return run / name
     newest, _, _ = newest_whole(run)  # a kill may have come before the pointers
     if newest is None:
-        raise UserError(f"{run} holds no checkpoint: {remedy()}")
+        raise UserError(f"{run} holds no checkpoint: {remedy(run, out)}")
     return newest
 
 
 def remedy(run=None, out="out"):
     """What to do about a missing run: the nearest name, else how to train one, or a release."""
-    releases = [path.parent for path in sorted(RELEASES.glob("*/state.json"))]
     if run is not None:
-        beside = [path for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
-        places = {path.name: path for path in [*releases, *runs(out), *beside]}
+        places = {path.name: path for path in places_of_runs(out, run.parent) if path != run}
         if near := get_close_matches(run.name, places, n=1):
             return f"did you mean {shortest(places[near[0]])}?"
-    trained = f", or use the trained --run={shortest(releases[0])}" if releases else ""
+    trained = "".join(f", or use the trained --run={shortest(path)}" for path in releases()[:1])
     return f"make one with: python train.py{trained}"
+
+
+def places_of_runs(*folders):
+    """The runs, step_... folders and releases where these live, in the current folder and in `folders`."""
+    own = RELEASES.parent / "out"
+    found = []
+    for folder in (RELEASES, own / "studies", own, ".", *folders):  # of two of a name, the later one wins
+        for content in ("latest", "state.json"):
+            found += [path.parent for path in sorted(Path(folder).glob(f"*/{content}"))]
+    return found
 
 
 @dataclass(frozen=True)
@@ -342,7 +371,8 @@ class Checkpoint:
 def open_run(run=None, out="out"):
     """The Checkpoint that `run` means, see `find`. Raises UserError."""
     path = find(run, out)
-    return Checkpoint(path, read_state(path), named=run is not None and Path(run).resolve() == path.resolve())
+    named = run is not None and Path(run).expanduser().resolve() == path.resolve()
+    return Checkpoint(path, read_state(path), named)
 
 
 def build_model(config, weights, source="the model"):

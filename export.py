@@ -45,7 +45,7 @@ MEASURED = 1024  # the same for the loss of an import: memory grows with its squ
 @dataclass
 class ExportConfig:
     to: str | None = None  # the folder, or GGUF file, to write; --from and --factor write a run
-    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     from_: str | None = None  # --from=...: a Hugging Face Llama folder, a GGUF file, smollm2, a reference .pt
     form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone

@@ -377,17 +377,13 @@ class Model:
 
 
 def load(run=None, device="auto"):
-    """The Model of a run, a step_... folder or a release. None: the newest run in out/, else the release."""
-    if run is None and not checkpoint.runs():
-        run = checkpoint.RELEASES / "reflow-mini"
+    """The Model of a run, a step_... folder or a release. None: see `checkpoint.default_run`."""
     return Model(checkpoint.open_run(run), device)
 
 
 @dataclass
 class LookConfig:
-    run: str | None = (
-        None  # a run's folder, a step_... folder or a release; None: the newest run, else the release
-    )
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     target: str | None = None  # why: the token to explain; None: the likeliest
     foil: str | None = None  # why: the token that it is compared with; None: the likeliest other one
     k: int = 10  # rows of the table

@@ -1,10 +1,10 @@
 """
 Continue text with a trained model.
 
-    python sample.py                                             the newest run under out/
+    python sample.py                                             the newest run with signals
     python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
     python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
-    python sample.py --steer="+joy:0.5@0-2,-s17:0.5@1"
+    python sample.py --steer="+joy:0.5@0-2,-s17:0.5@1" --compare    also without steering, by the same seed
 
 All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
 
@@ -31,13 +31,18 @@ import configurator
 import hooks
 import reflow
 from configurator import UserError
+from data.datasets import COUNTS, dataset_of, run_words
 from data.tokenizer import kept
+from data.words import SHOWN_COUNT, sightings
 from hardware import pick_device, pick_dtype, pick_threads
+
+ITEM = re.compile(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?")  # of --steer
+SIGNAL = re.compile(r"s\d+")
 
 
 @dataclass
 class SampleConfig:
-    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     prompt: str = "The American people"  # text to continue, or FILE:path; empty: a new document
     num_samples: int = 2  # samples, generated together
     max_new_tokens: int = 100  # tokens a sample may add
@@ -45,6 +50,7 @@ class SampleConfig:
     top_k: int | None = 200  # sample among the k likeliest tokens only; 0 or None: all
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
     steer: str | None = None  # sign, word or signal, strength, layers: "+joy:.5@0-2,-s17:.5@1"; None: nothing
+    compare: bool = False  # with --steer: the same samples without it first
     seed: int = 0  # of the samples
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
@@ -59,6 +65,8 @@ class SampleConfig:
             "0 < top_p <= 1",
             configurator.SEED,
         )
+        if self.compare and self.steer is None:
+            raise ValueError("--compare shows text without and with steering: give --steer too")
 
 
 def read_prompt(prompt):
@@ -76,7 +84,7 @@ def read_steering(text, model, tokenizer):
     """What --steer means: (direction (d,), strength, layers) for each item, as in `hooks.steer`."""
     found, last = [], model.config.n_layer
     for item in text.split(","):
-        parts = re.fullmatch(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?", item.strip())
+        parts = ITEM.fullmatch(item.strip())
         where = f"--steer: {item.strip()!r}"
         if not parts:
             raise UserError(f"{where} is not like +joy:0.5@0-2 (sign, word or signal, strength, layers)")
@@ -85,9 +93,7 @@ def read_steering(text, model, tokenizer):
         if not layers or layers[-1] > last:
             raise UserError(f"{where}: layers go up from 0 to {last}, the final norm")
         try:
-            direction = reflow.direction(
-                model, int(name[1:]) if re.fullmatch(r"s\d+", name) else name, tokenizer
-            )
+            direction = reflow.direction(model, int(name[1:]) if SIGNAL.fullmatch(name) else name, tokenizer)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if float(strength) > 1000:
@@ -105,6 +111,40 @@ def steered(model, text, tokenizer):
     return stack
 
 
+def note_rare_words(text, path, state):
+    """Say which words of --steer were rare in training, if the text of a checkpoint's run is here."""
+    named = [ITEM.fullmatch(item.strip())[2] for item in text.split(",")]
+    named = [name for name in named if not SIGNAL.fullmatch(name)]
+    if named and ((path / COUNTS).exists() or dataset_of(state) is not None):
+        words = run_words(path, state)
+        for name in named:
+            n = words.counts[words.tokenizer.token_id(name, len(words.counts))]
+            if n < SHOWN_COUNT:
+                said = f"--steer: {name} was {sightings(n)} in training: its embedding may say little"
+                print(said, file=sys.stderr)
+
+
+def write_samples(model, tokenizer, prompt, text, c):
+    """Generate and print samples, the first as it grows; how many tokens they have."""
+    stop = tokenizer.end_of_text
+    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": stop}
+    generator = torch.Generator(model.norm.weight.device).manual_seed(c.seed)
+    samples = [[] for _ in range(c.num_samples)]
+    show = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    print(text, end="", flush=True)
+    for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
+        for sample, token in zip(samples, tokens, strict=True):
+            if token is not None and token != stop:
+                sample.append(token)
+        if tokens[0] is not None and tokens[0] != stop:
+            print(show.decode(tokenizer.token_bytes(tokens[0])), end="", flush=True)
+    print(show.decode(b"", final=True))
+    for sample in samples[1:]:
+        print("-" * 40)
+        print(text + tokenizer.decode(sample))
+    return sum(map(len, samples))
+
+
 def main():
     (c,) = configurator.parse(SampleConfig)
     text = read_prompt(c.prompt)
@@ -116,33 +156,25 @@ def main():
         pick_threads(model)
 
     tokenizer = kept(step, state)
-    stop = tokenizer.end_of_text
-    prompt = tokenizer.encode_prompt(text) or [stop]  # a document begins after the last one's end
+    # A document begins after the last one's end.
+    prompt = tokenizer.encode_prompt(text) or [tokenizer.end_of_text]
     if not text:
         print("empty prompt: starting a new document", file=sys.stderr)
     if len(prompt) > model.config.block_size:
         print(f"prompt of {len(prompt)} tokens: only the last {model.config.block_size} fit", file=sys.stderr)
         prompt = prompt[-model.config.block_size :]
 
-    steering = steered(model, c.steer, tokenizer)
-    how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": stop}
-    generator = torch.Generator(device).manual_seed(c.seed)
-    samples = [[] for _ in range(c.num_samples)]
-    show = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-    start = time.perf_counter()
-    print(text, end="", flush=True)
-    with steering:
-        for tokens in model.stream([prompt] * c.num_samples, c.max_new_tokens, generator=generator, **how):
-            for sample, token in zip(samples, tokens, strict=True):
-                if token is not None and token != stop:
-                    sample.append(token)
-            if tokens[0] is not None and tokens[0] != stop:
-                print(show.decode(tokenizer.token_bytes(tokens[0])), end="", flush=True)
-    print(show.decode(b"", final=True))
-    for sample in samples[1:]:
-        print("-" * 40)
-        print(text + tokenizer.decode(sample))
-    n, seconds = sum(map(len, samples)), time.perf_counter() - start
+    if c.steer is not None:
+        read_steering(c.steer, model, tokenizer)  # a mistake is an error now
+        note_rare_words(c.steer, step, state)
+    n, start = 0, time.perf_counter()
+    if c.compare:
+        print("== without --steer")
+        n += write_samples(model, tokenizer, prompt, text, c)
+        print(f"\n== with --steer={c.steer}")
+    with steered(model, c.steer, tokenizer):
+        n += write_samples(model, tokenizer, prompt, text, c)
+    seconds = time.perf_counter() - start
     loss = state["whole_val_loss"] or state["val_loss"]
     print(f"\n{n} tokens in {seconds:.1f} s from {step}", file=sys.stderr)
     print(f"validation loss {loss:.4f}, {state['bits_per_byte']:.4f} bits per byte", file=sys.stderr)

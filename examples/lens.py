@@ -45,7 +45,7 @@ HOOKS = {
 @dataclass
 class LensConfig:
     export: str = "out/hf-nano"  # a folder that export.py wrote
-    run: str | None = None  # the run it was made of; None: the newest run under out/
+    run: str | None = None  # the run it was made of; None: the newest with signals
     prompt: str = "The United States of"  # what to read
 
 

@@ -30,7 +30,7 @@ PAIRS = Path(__file__).parent / "lm_eval/minimal_pairs.jsonl"
 
 @dataclass
 class PairsConfig:
-    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest run under out/
+    run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
 
 
 @torch.no_grad()

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import threads
 
+import checkpoint
 import configurator
 import files
-from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab.claims import PLURAL
-from experiments.lab.lab import check_writable, file_sha256, open_newest, results_folder, run_identity
+from experiments.lab.lab import check_writable, file_sha256, results_folder, run_identity
 from experiments.lab.report import LOOKS, code_sha256, method
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
@@ -290,7 +290,7 @@ def place_of(ckpt):
 
 def main():
     (c,) = configurator.parse(ReportConfig)
-    ckpt = open_newest(c.run)
+    ckpt = checkpoint.open_run(c.run)
     folder = results_folder(ckpt, c.results)
     results, unreadable = read_results(folder)
     record, left_out = sort_results(results, ckpt)
@@ -307,7 +307,7 @@ def main():
         raise UserError(f"no results of this run in {folder}{''.join(first)}: {again}")
     check_writable(folder)
     path = folder / "report.html"
-    write_atomically(path, page(ckpt, folder, record, left_out, looks, looks_left_out))
+    checkpoint.write_atomically(path, page(ckpt, folder, record, left_out, looks, looks_left_out))
     print(f"{path}: {len(record)} experiments, {path.stat().st_size / 1e6:.1f} MB")
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")

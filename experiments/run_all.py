@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import threads
 from tqdm import tqdm
 
+import checkpoint
 import configurator
 from configurator import UserError
 from experiments.lab import Lab, LabConfig, pooling
-from experiments.lab.lab import check_writable, open_baseline, open_newest, results_folder, run_identity
+from experiments.lab.lab import check_writable, open_baseline, results_folder, run_identity
 from experiments.lab.report import code_sha256, measure, save_and_print
 from experiments.lab.results import read_result
 
@@ -134,8 +135,8 @@ def pool_runs(config, checkpoints, names):
 def main():
     config, own = configurator.parse(LabConfig, RunAllConfig)
     names = chosen(own.only)
-    runs = split(config.run or "") or [None]
-    checkpoints = [open_newest(run) for run in runs]
+    runs = split(config.run or "") or [str(checkpoint.default_run())]
+    checkpoints = [checkpoint.open_run(run) for run in runs]
     for ckpt in checkpoints:  # a mistyped name is an error now, not after hours of work
         check_writable(results_folder(ckpt, config.results))
         if config.baseline is not None:
@@ -148,7 +149,7 @@ def main():
     print(f"{n_all - n_failed} of {n_all} experiments in {time.perf_counter() - start:.0f} s")
     for run, lost in failed.items():
         if lost:
-            print(f"failed: {', '.join(lost)}" + (f" ({run})" if run else ""), file=sys.stderr)
+            print(f"failed: {', '.join(lost)} ({run})", file=sys.stderr)
     if len(runs) > 1:
         done = [name for name in names if not any(name in lost for lost in failed.values())]
         pool_runs(config, checkpoints, done)

@@ -343,17 +343,66 @@ def test_load_model_refuses_other_weights(run):
 
 
 def test_find(run):
-    """A run means its best, without one its latest; a step folder itself; None the run saved last."""
-    out = run.parent
+    """A run means its best, without one its latest; a step folder itself."""
     assert find(run) == find(str(run)) == run / "step_000004"
     assert find(run / "step_000000") == run / "step_000000"
-    save(out / "b", 0)
-    os.utime(out / "b" / "latest", (1, 1))
-    assert find(out=out) == run / "step_000004"
-    os.utime(run / "latest", (0, 0))
-    assert find(out=out) == find(out / "b") == out / "b" / "step_000000"
     (run / "best").unlink()
     assert find(run) == run / "step_000008"
+
+
+def test_without_a_name_the_newest_run_with_signals_is_taken_and_said(run, capsys):
+    """Else the newest run, else the release: one line on stderr says which one and why."""
+    out = run.parent
+
+    def taken():
+        path = find(out=out)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("--run=")
+        return path, said
+
+    save(out / "b", 0)
+    os.utime(out / "b" / "latest", (1, 1))
+    assert taken()[0] == run / "step_000004" and "newest run with signals" in taken()[1]
+    os.utime(run / "latest", (0, 0))
+    assert taken()[0] == find(out / "b") == out / "b" / "step_000000"
+    make_dense(out / "b")
+    assert taken()[0] == run / "step_000004"
+    make_dense(run)
+    assert taken()[0] == out / "b" / "step_000000" and "none has signals" in taken()[1]
+    path = find(out=out / "nowhere")
+    assert path.parent == checkpoint.RELEASES
+    assert f"{path.name}: no run under" in capsys.readouterr().err
+    find(run)
+    assert capsys.readouterr().err == ""
+
+
+def make_dense(run):
+    """Let the checkpoint that a run means say that it has no signals."""
+    path = find(run) / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["model"]["vocab"] = "dense"
+    path.write_text(json.dumps(state))
+
+
+def test_near_names_are_offered_wherever_runs_live(run, tmp_path, monkeypatch):
+    """Beside the name, under out/, among the releases, in the current folder; but no folder without a run."""
+    (tmp_path / "elsewhere" / "tests").mkdir(parents=True)
+    save(tmp_path / "elsewhere" / "here", 0)
+    monkeypatch.chdir(tmp_path)
+    for name, meant in {
+        "a": "out/a",
+        "reflow-mni": "release/reflow-mini",
+        "out/reflow-mini": "release/reflow-mini",
+        "elsewhere/hre": "elsewhere/here",
+        "out/a/step_00004": "out/a/step_000004",
+    }.items():
+        with pytest.raises(UserError, match=f"no run {name}: did you mean .*{meant}"):
+            find(name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="did you mean here"):
+        find("out/heer")
+    with pytest.raises(UserError, match="no run test: make one"):
+        find("test")
 
 
 def test_find_says_what_is_missing(run, tmp_path):
@@ -361,9 +410,8 @@ def test_find_says_what_is_missing(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.pt").write_bytes(b"")
     cases = {
-        "no trained model under .*python train.py": {"out": tmp_path / "nowhere"},
         "no run .*python train.py": {"run": tmp_path / "nowhere"},
-        "no run .*did you mean .*empty": {"run": tmp_path / "emtpy"},
+        f"no run .*did you mean .*{run.name}": {"run": run.parent / (run.name + "x")},
         "empty holds no checkpoint: .*python train.py": {"run": tmp_path / "empty"},
         "model.pt is a file: --run takes a folder": {"run": tmp_path / "model.pt"},
         "a holds no checkpoint": {"run": run},

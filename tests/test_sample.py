@@ -1,5 +1,6 @@
 """sample.py: text in, text out, steering, and one line for every mistake."""
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,9 +12,10 @@ import torch
 import checkpoint
 import sample
 from configurator import UserError
+from data.shards import Dataset
 from data.tokenizer import END_OF_TEXT, encoding, gpt2
 from model import ModelConfig, ReFlow
-from tests.lab_fixtures import save_run, tiny, token
+from tests.lab_fixtures import corpus, save_run, tiny, token, words
 from tests.sentiment_fixtures import planted
 
 
@@ -95,6 +97,8 @@ def test_prompts_from_files_empty_and_too_long(out, monkeypatch, capsys, tmp_pat
         (["--seed=12345678901234567890"], "seed=12345678901234567890: expected an int"),
         ([f"--steer=+s0:{'9' * 42}@0"], "s0:9*@0': the strength .* at most 1000"),
         (["--steer=+s0:nan@0"], "is not like"),
+        (["--compare"], "give --steer"),
+        (["--compare", "--steer=+antidisestablishment:1@0"], "take a word that is one token"),
         (["--dtype=fp8"], "dtype=fp8"),
         (["--promt=x"], "did you mean prompt"),
     ],
@@ -111,9 +115,14 @@ def test_top_k_0_takes_all(out, monkeypatch, capsys):
     assert found[0] == found[1] != found[2]
 
 
-def test_without_a_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+def test_without_a_run_the_release_is_taken_and_without_that_it_says_how_to_make_one(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="make one with: python train.py"):
+    text, said = run(monkeypatch, capsys, "--max_new_tokens=1", "--num_samples=1")
+    assert text.startswith("The American people") and "reflow-mini: no run under out/" in said
+    monkeypatch.setattr(checkpoint, "RELEASES", tmp_path)
+    with pytest.raises(UserError, match="no trained model under out/: make one with: python train.py"):
         run(monkeypatch, capsys)
 
 
@@ -192,3 +201,35 @@ def test_the_script_steers_and_stays_light_without(tmp_path, monkeypatch, capsys
     code = "import sys, sample; sample.main(); assert not {'experiments', 'scipy'} & set(sys.modules)"
     root = Path(sample.__file__).parent
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, check=True, capture_output=True)
+
+
+def test_compare_shows_the_same_samples_without_steering_first(out, monkeypatch, capsys):
+    how = ("--num_samples=2", "--max_new_tokens=10", "--seed=3")
+    steer = "--steer=+joy:2@1"
+    plain = run(monkeypatch, capsys, *how)[0]
+    pushed = run(monkeypatch, capsys, *how, steer)[0]
+    text, said = run(monkeypatch, capsys, *how, steer, "--compare")
+    assert plain != pushed and "40 tokens" in said
+    assert text == f"== without --steer\n{plain}\n== with {steer}\n{pushed}"
+
+
+def test_a_word_that_was_rare_in_training_is_said_to_be(tmp_path, monkeypatch, capsys):
+    data = corpus(tmp_path / "data", repeats=150, n_words=20)
+    folder = save_run(tmp_path / "run", tiny(), data)
+    set_data(folder, data)
+    how = (f"--run={folder}", "--max_new_tokens=1", "--steer=+{}:1@0,-s3:1@0")
+    for word, note in {"quantum": "never seen", words(1)[0]: ""}.items():
+        said = run(monkeypatch, capsys, *how[:2], how[2].format(word))[1]
+        assert (f"--steer: {word} was {note} in training" in said) if note else "--steer:" not in said
+    set_data(folder, tmp_path / "elsewhere")  # the text is not here: nothing is known of it
+    assert "--steer" not in run(monkeypatch, capsys, *how[:2], how[2].format("music"))[1]
+
+
+def set_data(folder, data):
+    """Let a run have been trained on the data set at `data`, for 100 windows of it."""
+    path = checkpoint.find(folder) / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["train"] |= {"dataset": str(data), "batch_size": 0}
+    if (data / "meta.json").exists():
+        state["data_sha256"] = Dataset(data, "val", 1).data_sha256
+    path.write_text(json.dumps(state))

@@ -71,16 +71,6 @@ def open_subject(name, ckpt, device):
     return Subject(name, ckpt.load_model(device), loss, checkpoint=ckpt)
 
 
-def open_newest(run=None, out="out"):
-    """The Checkpoint of `run`; None: of the newest run under `out` with signals, else of the newest."""
-    if run is None:
-        for folder in checkpoint.runs(out):
-            ckpt = checkpoint.open_run(folder, out)
-            if ckpt.model_config["vocab"] != "dense":
-                return ckpt
-    return checkpoint.open_run(run, out)
-
-
 def shape_of(ckpt):
     """What a model shares with its plain baseline."""
     return {key: ckpt.model_config.get(key) for key in ("n_layer", "n_embd", "n_head", "block_size")}
@@ -161,7 +151,7 @@ class Lab:
         self.seed = self.config.seed
         self.device = pick_device(self.config.device)
         keep_freed_memory()
-        self.checkpoint = open_newest(self.config.run)
+        self.checkpoint = checkpoint.open_run(self.config.run)
         self.model = open_subject("reflow", self.checkpoint, self.device)
         self.own_probes = own_probes(Path(self.config.probes)) if self.config.probes else {}
         self.report = None  # the Report that is being made
