@@ -75,6 +75,13 @@ def disk_errors(folder, kept="what is whole stays"):
         raise UserError(f"{where}: {why}: {kept}; put that right, and the same command goes on") from None
 
 
+def hold(folder, wait=False):
+    """`files.lock` of a corpus's folder; none for a finished corpus where nothing can be written."""
+    if (folder / "meta.json").exists() and files.why_unwritable(folder):
+        return contextlib.nullcontext()
+    return files.lock(folder, wait)
+
+
 def write_shard(path, tokens):
     """Write `tokens` (n,) uint16 as one shard; return its entry for meta.json: file, tokens, sha256."""
     header = np.zeros(HEADER_INTS, "<i4")

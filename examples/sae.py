@@ -34,6 +34,9 @@ class DictionaryConfig:
     export: str = "out/hf-nano"  # a folder that export.py wrote, of a factored or topk run
     seed: int = 0  # of the random subspace
 
+    def __post_init__(self):
+        configurator.check(self, configurator.SEED)
+
 
 class SignalDictionary(nn.Module):
     """W_dec (S, d) are the signals' directions; codes (..., S) decode to vectors (..., d)."""

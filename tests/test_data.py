@@ -15,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import files
 from configurator import UserError
 from data import shards, tokenizer
 from data.datasets import find_dataset
@@ -595,6 +596,27 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monk
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file.* cannot be written: .*: give another folder"):
             owt.prepare(config(make_source(tmp_path, "jsonl"), out))
+
+
+def test_what_is_there_needs_no_place_to_write(tmp_path, monkeypatch, capsys):
+    """On a read-only disk a finished data set is already there; another one cannot be made."""
+    source = make_source(tmp_path, "jsonl")
+    owt.prepare(config(source, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+
+    def refused(folder):
+        raise UserError(f"{folder} cannot be written: Read-only file system: give another folder")
+
+    monkeypatch.setattr(files, "why_unwritable", lambda folder: "Read-only file system")
+    monkeypatch.setattr(files, "open_beside", refused)
+    capsys.readouterr()
+    assert owt.prepare(config(source, tmp_path / "out")) is None
+    assert "out is already there: train on it" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(UserError, match="other cannot be written: Read-only"):
+        owt.prepare(config(source, tmp_path / "other"))
+    with pytest.raises(UserError, match="holds a finished dataset of another val_every"):
+        owt.prepare(config(source, tmp_path / "out", val_every=5))
 
 
 def test_embedded_corpus_falls_back_to_the_users_cache(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """The plan of the studies' runs."""
 
+import pytest
+
 import configurator
+from configurator import UserError
 from experiments.studies import train_runs
 from model import ModelConfig
 from tests.lab_fixtures import corpus, save_run, tiny
@@ -19,6 +22,12 @@ def test_every_planned_run_is_a_command_that_train_understands(tmp_path):
         assert folder.name == f"{m.vocab}-{m.n_layer}x{m.n_embd}-seed{c.seed}" and c.out_dir == str(folder)
         seen.add((c.seed, c.max_steps, c.batch_size, m.block_size, c.lr, c.dataset))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("argument", ["--seeds=0", "--steps=0", "--steps=-8", "--steps=4", "--steps=100"])
+def test_impossible_numbers_are_refused_before_anything_is_trained(argument):
+    with pytest.raises(UserError, match=f"{argument[2:7]}.* must satisfy"):
+        configurator.parse(train_runs.StudiesConfig, argv=[argument])
 
 
 def test_a_run_is_finished_at_its_last_step_with_its_final_loss(tmp_path):

@@ -76,10 +76,10 @@ import configurator
 from configurator import UserError
 from data.offline import sources as texts
 from data.offline.sources import SOURCES
-from data.shards import DATA, Writer, disk_errors, how_to_train, locate, read_json
+from data.shards import DATA, Writer, disk_errors, hold, how_to_train, locate, read_json
 from data.sotu.prepare import split as sotu_split
 from data.tokenizer import gpt2, load
-from files import check_writable, lock, replace_file, shortest
+from files import check_writable, replace_file, shortest
 
 SHINGLE = 8  # words in a row; a paragraph half of whose shingles were seen before is a near duplicate
 SAMPLE = np.uint64(8)  # one shingle in 8 is remembered, chosen by its hash
@@ -274,7 +274,7 @@ def prepare(cfg, sources=SOURCES):
     """Write the corpus to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
     tokenizer = load(cfg.tokenizer)
     folder = locate(cfg.out or ("offline" if tokenizer.name == "gpt2" else f"offline-{tokenizer.name}"))
-    with lock(folder):
+    with hold(folder):
         return write(cfg, folder, sources, tokenizer)
 
 

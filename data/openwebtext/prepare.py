@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
 from data import texts as local
-from data.shards import SPLITS, Writer, how_to_train, locate
+from data.shards import SPLITS, Writer, hold, how_to_train, locate
 from data.tokenizer import load
-from files import lock, shortest
+from files import shortest
 
 PAGES = 8_013_769  # in OpenWebText
 SHARDS_GB = 18
@@ -179,7 +179,7 @@ def prepare(cfg):
     )
     if cfg.source is not None and (folder / "prepare.py").exists():
         raise UserError(f"--out={cfg.out} is the place of another dataset: give a name of your own")
-    with lock(folder):
+    with hold(folder):
         return write(cfg, folder, tokenizer)
 
 

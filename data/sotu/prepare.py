@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer, how_to_train, locate, user_cache
+from data.shards import Writer, hold, how_to_train, locate, user_cache
 from data.tokenizer import gpt2, load
-from files import check_writable, lock, shortest
+from files import check_writable, shortest
 
 # Validation is every 42nd address from the 13th on: 1801, 1843, 1885, 1927, 1966 and 1995. Presidents quote
 # themselves and at times gave one message twice, spoken and written (1945, 1973): with this choice no
@@ -78,7 +78,7 @@ def prepare(out_dir=None, tokenizer=None):
     """
     tokenizer = tokenizer or gpt2()
     folder = Path(out_dir or default_folder(embedded(tokenizer)))
-    with lock(folder, wait=True):  # of the runs that find no data set, the first one makes it for all
+    with hold(folder, wait=True):  # of the runs that find no data set, the first one makes it for all
         write(folder, tokenizer)
     return folder
 
