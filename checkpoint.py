@@ -2,10 +2,11 @@
 Run directories: out/<run>/step_000500/ holds model.safetensors, optimizer.safetensors and state.json.
 
 A checkpoint appears whole or not at all: it is written under a temporary name, flushed to the disk, then
-renamed. state.json keeps the size and the SHA-256 of its files: `train.py --resume` verifies all of them,
-whatever loads a model verifies weights of up to 64 MiB. `latest` and `best` are small text files naming one.
-Step 0 is kept always (the control of many experiments), with it the best and the last `keep`. Nothing is
-ever unpickled.
+renamed. state.json keeps the size and the SHA-256 of its files: `train.py --resume` verifies all of them.
+Weights of up to 64 MiB are verified whenever they are loaded; larger ones by what takes long anyway or hands
+them on (experiments, export.py, --init_from), and by `sample.py --verify`. `latest` and `best` are small text
+files naming one. Step 0 is kept always (the control of many experiments), with it the best and the last
+`keep`. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError
-from files import replace_file, sha256, shortest
+from files import file_sha256, replace_file, sha256, shortest
 from model import ModelConfig, ReFlow
 
 WEIGHTS = ("model.safetensors", "optimizer.safetensors")
@@ -153,7 +154,7 @@ def read_state(step):
 def verify(step, state, files=WEIGHTS):
     """Read `files` of a checkpoint folder. UserError if one has not the SHA-256 that `state` has for it."""
     for file, expected in state.get("sha256", {}).items():  # none in a checkpoint of earlier versions
-        if file in files and sha256(step / file) != expected:
+        if file in files and file_sha256(step / file) != expected:
             raise UserError(f"{step / file} is damaged: its SHA-256 is not that in state.json: {ANOTHER}")
 
 
@@ -363,9 +364,9 @@ class Checkpoint:
         """The file of its weights."""
         return self.path / WEIGHTS[0]
 
-    def load_model(self, device="cpu"):
-        """The ReFlow in eval mode on `device`, fp32. Raises UserError."""
-        return load_model(self.path, device)[0]
+    def load_model(self, device="cpu", verified=False):
+        """The ReFlow in eval mode on `device`, fp32; `verified`: see `load_model`. Raises UserError."""
+        return load_model(self.path, device, verified)[0]
 
 
 def open_run(run=None, out="out"):
@@ -387,10 +388,13 @@ def build_model(config, weights, source="the model"):
     return model.eval()
 
 
-def load_model(step, device="cpu"):
-    """(ReFlow in eval mode on `device`, state) of a checkpoint folder. Raises UserError."""
+def load_model(step, device="cpu", verified=False):
+    """(ReFlow in eval mode on `device`, state) of a checkpoint folder. Raises UserError.
+
+    `verified`: the SHA-256 of weights above 64 MiB is checked, too.
+    """
     state = read_state(step)
-    if (step / WEIGHTS[0]).stat().st_size <= VERIFIED:
+    if verified or (step / WEIGHTS[0]).stat().st_size <= VERIFIED:
         verify(step, state, WEIGHTS[:1])
     try:
         config = ModelConfig(**state["config"]["model"])

@@ -181,7 +181,7 @@ def main():
         if ckpt is None:
             import_model(Path(c.from_), to, c.dataset, c.sequences)
         elif c.factor is not None:
-            net = factor(ckpt.load_model(), c.factor, c.seed)
+            net = factor(ckpt.load_model(verified=True), c.factor, c.seed)
             config = ckpt.state["config"] | {"model": asdict(net.config)}
             save_run(to, ckpt.step, net, ckpt.state | {"config": config}, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":

@@ -6,6 +6,7 @@ Files and folders on the disk: one writer at a time, whole files, paths as one w
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import socket
@@ -89,6 +90,17 @@ def sha256(path):
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path):
+    """SHA-256 of a file, read again only when its time or size has changed."""
+    stat = os.stat(path)
+    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def sha256_of_version(path, mtime_ns, size):
+    return sha256(path)
 
 
 def why_unwritable(folder):

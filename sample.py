@@ -52,6 +52,7 @@ class SampleConfig:
     steer: str | None = None  # sign, word or signal, strength, layers: "+joy:.5@0-2,-s17:.5@1"; None: nothing
     compare: bool = False  # with --steer: the same samples without it first
     seed: int = 0  # of the samples
+    verify: bool = False  # check the SHA-256 of weights above 64 MiB too; of smaller ones it always is
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
 
@@ -150,7 +151,7 @@ def main():
     text = read_prompt(c.prompt)
     step = checkpoint.find(c.run)
     device = pick_device(c.device)
-    model, state = checkpoint.load_model(step, device)
+    model, state = checkpoint.load_model(step, device, c.verify)
     model.to(pick_dtype(device, c.dtype))
     if device.type == "cpu":
         pick_threads(model)

@@ -179,7 +179,7 @@ def read_origin(m, c):
     The model's own configuration holds; only dropout, which is no part of it, is the run's.
     """
     step = checkpoint.find(c.init_from)
-    origin, state = checkpoint.load_model(step)
+    origin, state = checkpoint.load_model(step, verified=True)
     return origin, replace(origin.config, dropout=m.dropout), kept(step, state)
 
 

@@ -27,10 +27,11 @@ import configurator
 import files
 from configurator import UserError
 from experiments.lab.claims import PLURAL
-from experiments.lab.lab import check_writable, file_sha256, results_folder, run_identity
+from experiments.lab.lab import check_writable, results_folder, run_identity
 from experiments.lab.report import LOOKS, code_sha256, method
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
+from files import file_sha256
 
 
 @dataclass

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import checkpoint
 from configurator import UserError
 from data.tokenizer import END, END_OF_TEXT, Tokenizer, gpt2, kept, load
+from files import file_sha256
 from formats.cards import model_card
 from hardware import DTYPES
 from model import ModelConfig
@@ -32,6 +33,7 @@ BLOCK = {  # our name of a block's weight: Llama's
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
+HASHES = "SHA256SUMS"  # of the weights, as `sha256sum -c` reads it
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.txt")  # of SentencePiece and WordPiece
 ROTARY = ("attn.q.weight", "attn.k.weight")  # our weights whose rows Llama orders otherwise
 
@@ -71,7 +73,7 @@ def to_pairs(weight, head_dim):
 
 def write_llama(ckpt, to, dtype="fp32"):
     """Write the Checkpoint `ckpt` to the folder `to`, its weights in `dtype`. Raises UserError."""
-    net = ckpt.load_model()
+    net = ckpt.load_model(verified=True)
     tokenizer = kept(ckpt.path, ckpt.state)
     end = tokenizer.end_of_text
     with checkpoint.whole_folder(to) as folder:
@@ -80,6 +82,9 @@ def write_llama(ckpt, to, dtype="fp32"):
         save_file(llama_weights(net, DTYPES[dtype]), folder / "model.safetensors", {"format": "pt"})
         if net.config.vocab != "dense":
             save_file(signal_weights(net), folder / "reflow.safetensors", {"format": "pt"})
+        hashes = checkpoint.fingerprints(folder)["sha256"]
+        lines = [f"{sha}  {name}\n" for name, sha in hashes.items()]
+        (folder / HASHES).write_text("".join(lines), encoding="utf-8")
         write_tokenizer(folder, net.config.block_size, tokenizer, ckpt.state.get("chat_template"))
         (folder / "README.md").write_text(model_card(ckpt, net, to, "llama", dtype), encoding="utf-8")
 
@@ -187,6 +192,7 @@ def read_llama(folder):
         weight_files(folder)  # an adapter has none: say so
     settings = read_json(folder / "config.json")
     files = weight_files(folder)
+    note_changes(folder, files)
     check_settings(settings, folder)
     tokenizer = read_tokenizer(folder)
     config = fitted(model_config(settings, folder), tokenizer, folder)
@@ -344,6 +350,17 @@ def weight_files(folder):
         f"{folder} holds no model.safetensors:"
         " --from takes a Hugging Face folder, as save_pretrained of transformers writes it"
     )
+
+
+def note_changes(folder, paths):
+    """Say which weights of an export are not those that were written, by the SHA256SUMS beside them."""
+    if not (folder / HASHES).exists():
+        return
+    lines = (folder / HASHES).read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {name: sha for sha, _, name in (line.partition("  ") for line in lines)}
+    for path in [*paths, folder / "reflow.safetensors"]:
+        if path.name in expected and path.exists() and file_sha256(path) != expected[path.name]:
+            print(f"{path} is not what was exported, by {HASHES}: changed since, or damaged")
 
 
 def read_weights(folder, files, config):

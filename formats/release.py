@@ -20,7 +20,7 @@ KEPT = ("step", "config", "data_sha256", "dtype", *LOSSES)  # of state.json
 
 def write_release(ckpt, to, dtype="fp32"):
     """Write the Checkpoint `ckpt` to the folder `to`, its weights in `dtype`. Raises UserError."""
-    net = ckpt.load_model()
+    net = ckpt.load_model(verified=True)
     weights = {name: weight.to(DTYPES[dtype]).contiguous() for name, weight in net.state_dict().items()}
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")

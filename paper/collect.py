@@ -23,11 +23,12 @@ import configurator
 from checkpoint import write_atomically
 from configurator import UserError
 from data.datasets import dataset_of
-from experiments.lab.lab import file_sha256, run_identity
+from experiments.lab.lab import run_identity
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
 from experiments.studies import STUDIES
 from experiments.studies.runs import find_runs, loss_curve
+from files import file_sha256
 from hardware import count_parameters
 from model import ModelConfig
 

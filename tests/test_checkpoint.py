@@ -237,7 +237,7 @@ def test_zeroed_bytes_are_found(run, file):
 
 
 def test_a_checkpoint_without_hashes_opens_as_before(run):
-    """Those of earlier versions; and weights too large to be read twice are not verified."""
+    """Those of earlier versions; and weights too large to be read twice are verified on demand."""
     path = run / "step_000008" / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in state.items() if key != "sha256"}))
@@ -247,6 +247,8 @@ def test_a_checkpoint_without_hashes_opens_as_before(run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "VERIFIED", 10)
         load_model(run / "step_000004")
+        with pytest.raises(UserError, match="model.safetensors is damaged: its SHA-256"):
+            load_model(run / "step_000004", verified=True)
 
 
 def test_a_full_disk_is_an_oserror_and_nothing_stays(run):

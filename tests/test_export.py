@@ -131,6 +131,20 @@ def test_a_damaged_run_is_named(tmp_path):
         state.write_text("[]")
 
 
+def test_damaged_weights_are_not_handed_on(tmp_path, monkeypatch):
+    """Whatever their size: a release would get a hash of its own."""
+    monkeypatch.setattr(checkpoint, "VERIFIED", 10)
+    run = save(random_model("factored"), tmp_path / "run")
+    with open(run / "step_000000" / "model.safetensors", "r+b") as file:
+        file.seek(-64, 2)
+        file.write(bytes(64))
+    checkpoint.load_model(run / "step_000000")
+    for form in ("llama", "reflow"):
+        with pytest.raises(UserError, match="model.safetensors is damaged: its SHA-256"):
+            go(f"--run={run}", f"--to={tmp_path / 'to'}", f"--form={form}")
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_model_of_another_tokenizer_is_refused(tmp_path, corpus):
     torch.save(reference(random_model("dense", vocab_size=32000)), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="32,000 tokens, its tokenizer gpt2 has 50,257"):

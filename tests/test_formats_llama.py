@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import subprocess
 
 import pytest
 import torch
@@ -177,6 +178,23 @@ def test_a_folder_by_transformers(tmp_path, corpus, llama, capsys):
     torch.testing.assert_close(logits(model, ids(model)), logits(theirs, ids(model)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "reflow.safetensors"])
+def test_zeroed_bytes_in_an_export_are_noticed(folder, tmp_path, capsys, file):
+    """By the import, and by sha256sum."""
+    read_llama(folder)
+    assert "SHA256SUMS" not in capsys.readouterr().out
+    check = ["sha256sum", "--check", "--strict", "--status", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=folder).returncode == 0
+    copy(folder, tmp_path, file)
+    content = bytearray((folder / file).read_bytes())
+    content[-64:] = bytes(64)
+    (tmp_path / file).write_bytes(content)
+    read_llama(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tmp_path / file} is not what was exported, by SHA256SUMS: changed since, or damaged" in said
+    assert subprocess.run(check, cwd=tmp_path).returncode == 1
+
+
 def test_changed_embeddings_do_not_get_their_old_recipes(folder, tmp_path, corpus, capsys):
     """Someone fine-tuned the export in place: what they changed must survive."""
     for file in folder.iterdir():
@@ -186,7 +204,9 @@ def test_changed_embeddings_do_not_get_their_old_recipes(folder, tmp_path, corpu
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     found = read_llama(tmp_path)
     config, ours = found.config, found.weights
-    assert config.vocab == "dense" and "changed since" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert config.vocab == "dense" and "does not give the embedding, which was changed since" in said
+    assert f"{tmp_path / 'model.safetensors'} is not what was exported, by SHA256SUMS" in said
     assert torch.equal(ours["vocab.weight"], weights["model.embed_tokens.weight"])
 
 

@@ -5,7 +5,6 @@ A run under study: its model, the controls of its model and of its dictionary, a
 import functools
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +28,7 @@ from experiments.lab import nulls
 from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
 from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
+from files import file_sha256
 from hardware import keep_freed_memory, one_thread, pick_device
 from model import ModelConfig, ReFlow
 
@@ -66,9 +66,9 @@ class Subject:
 
 
 def open_subject(name, ckpt, device):
-    """The Subject of a Checkpoint, in fp32. Raises UserError."""
+    """The Subject of a Checkpoint, in fp32, its weights verified. Raises UserError."""
     loss = ckpt.state.get("whole_val_loss") or ckpt.state.get("val_loss")
-    return Subject(name, ckpt.load_model(device), loss, checkpoint=ckpt)
+    return Subject(name, ckpt.load_model(device, verified=True), loss, checkpoint=ckpt)
 
 
 def shape_of(ckpt):
@@ -399,17 +399,6 @@ class Lab:
 def pick(named, key):
     """{name: table[key]} of {name: {key: values}}."""
     return {name: table[key] for name, table in named.items()}
-
-
-def file_sha256(path):
-    """SHA-256 of a file, read again only when its time or size has changed."""
-    stat = os.stat(path)
-    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache
-def sha256_of_version(path, mtime_ns, size):
-    return files.sha256(path)
 
 
 def run_identity(ckpt):

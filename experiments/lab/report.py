@@ -20,8 +20,9 @@ import files
 from experiments.lab import claims as rules
 from experiments.lab import plots
 from experiments.lab.claims import Scores
-from experiments.lab.lab import Lab, LabConfig, check_writable, file_sha256
+from experiments.lab.lab import Lab, LabConfig, check_writable
 from experiments.lab.results import Figure, Result, to_json
+from files import file_sha256
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 ROOT = EXPERIMENTS.parent
