@@ -11,8 +11,8 @@
 #     reflow_1_big           9,011,200,000    3.2e+19    102.5
 #     gpt2_new               9,011,200,000    3.19e+19   102.1
 #
-# The hours are an estimate (train.py --dry_run). The corpus needs the network, 18 GB for its shards and, while
-# it is made, 54 GB for the cache of `datasets`.
+# The hours are an estimate (train.py --dry_run). The corpus needs the network and 18 GB for its shards: it is
+# streamed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
