@@ -209,7 +209,7 @@ def is_ours(path):
 
 def write_gguf(ckpt, to, dtype="fp16"):
     """Write the Checkpoint `ckpt` to the file `to`, its matrices in `dtype` (see TYPES). Raises UserError."""
-    net = ckpt.load_model()
+    net = ckpt.load_model(verified=True)
     c = net.config
     tokenizer = kept(ckpt.path, ckpt.state)
     fitted(c, tokenizer, ckpt.path)
