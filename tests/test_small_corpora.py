@@ -1,4 +1,4 @@
-"""The twelve experiments on corpora that lack what they measure: whole windows, and words of the lists."""
+"""The experiments and the studies on corpora without what they measure: whole windows, listed words."""
 
 import importlib
 import json
@@ -19,7 +19,9 @@ from experiments.lab.lab import check_writable, train_baseline
 from experiments.lab.probes import labelled
 from experiments.lab.report import measure, table
 from experiments.run_all import NAMES
+from experiments.studies import STUDIES
 from tests.lab_fixtures import open_lab, save_run, tiny, words
+from tests.studies_fixtures import open_study, save_trained
 
 
 def write(folder, documents):
@@ -72,6 +74,38 @@ def test_every_experiment_says_what_it_lacks_and_goes_on(labs, quick, corpus, na
         if claim.n < 20:
             assert claim.verdict == "inconclusive" and "only " in claim.reason
     json.loads((report.folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def studies(labs, tmp_path_factory):
+    """{name of a corpus: glob of two seeds of each kind of run on it}."""
+    folder = tmp_path_factory.mktemp("studies")
+    kinds = {"factored": {}, "dense": {}, "topk": {"top_k": 4}}
+    for name, lab in labs.items():
+        for seed in range(2):
+            for kind, options in kinds.items():
+                net = tiny(seed, vocab=kind, block_size=32, **options)
+                save_trained(
+                    folder / name / f"{kind}{seed}", net, lab.checkpoint.train_config["dataset"], seed
+                )
+    return {name: f"{folder}/{name}/*" for name in labs}
+
+
+@pytest.mark.parametrize("corpus", ["sentences", "digits", "nothing"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_says_what_it_lacks_and_goes_on(studies, tmp_path, corpus, name):
+    study = importlib.import_module(f"experiments.studies.{name}")
+    report = measure(study.run, open_study(studies[corpus], tmp_path))
+    result = report.save()
+    assert {claim.key for claim in result.claims} <= set(study.CLAIMS)
+    for claim in result.claims:
+        if claim.verdict == "inconclusive":
+            assert claim.reason.startswith("only ")
+    verdicts = {claim.key: claim.verdict for claim in result.claims}
+    if corpus == "digits" and name == "stability":  # signals need tokens, neighbours need words
+        assert verdicts["neighbours"] == "inconclusive" != verdicts["partners"]
+    if corpus == "nothing":
+        assert set(verdicts.values()) == {"inconclusive"}
 
 
 def test_windows_of_short_documents_are_packed_as_in_training(labs):

@@ -69,7 +69,7 @@ def build(relations, known, rng, total):
     if not every:
         raise TooFew(
             "only 0 questions: no relation of analogies.json has two pairs of words that training has seen "
-            "often (--probes takes other words)"
+            "often (own words: experiments/probes/README.md)"
         )
     share = -(-total // len(every))  # rounded up
     questions = [np.zeros((0, 4), int)]

@@ -211,11 +211,15 @@ def below(values, limit, unit, controls=None):
     """Is the mean of values (n,) below `limit`? By a t interval over few units. Fields of a Claim."""
     found = t_interval(values)
     is_below = found.high < limit
-    verdict = "inconclusive" if len(values) < 3 else "supported" if is_below else "not supported"
+    if len(values) < 3:
+        verdict, reason = "inconclusive", f"only {len(values)} {unit}"
+    else:
+        verdict = "supported" if is_below else "not supported"
+        reason = f"the interval is {'' if is_below else 'not '}below {limit:g}"
     return {
         "kind": "effect",
         "verdict": verdict,
-        "reason": f"the interval is {'' if is_below else 'not '}below {limit:g}",
+        "reason": reason,
         "unit": unit,
         "n": len(values),
         "measured": found,

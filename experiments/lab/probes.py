@@ -114,5 +114,7 @@ def labelled(lab):
     labels = np.repeat(np.arange(len(found)), [len(part) for part in found.values()])
     if len(found) < 2 or len(ids) < LEAST_UNITS:
         words = f"{len(ids)} words in {len(found)} categories of categories.json"
-        raise TooFew(f"only {words} are tokens that training has seen often (--probes takes other words)")
+        raise TooFew(
+            f"only {words} are tokens that training has seen often (own words: experiments/probes/README.md)"
+        )
     return ids, labels, list(found)

@@ -33,7 +33,7 @@ def word_pairs(lab, part):
         found = " and ".join(f"{len(ids)} {side}" for side, ids in zip(SIDES, sides, strict=True))
         raise TooFew(
             f"only {found} words of sentiment.json ({part}) are tokens that training has seen {LEAST_COUNT} "
-            "times (--probes takes other words)"
+            "times (own words: experiments/probes/README.md)"
         )
     positive, negative = (np.log(lab.words.counts[ids]) for ids in sides)
     chosen = linear_sum_assignment(np.abs(positive[:, None] - negative))

@@ -136,16 +136,15 @@ def run(study: Study) -> Report:
     size = sizes(table, *KINDS)[-1]
     seeds = common_seeds(table, size, *KINDS)
     report = Report(study, "hard_sparsity", CLAIMS)
+    loss = {kind: [table[kind, size][seed].loss for seed in seeds] for kind in KINDS}
+    gap = np.array(loss["factored"]) / loss["topk"] - 1
+    report.claim("loss", below(gap, 0.0, "seeds"))
     lab = table["factored", size][seeds[0]].lab()
     probes = known_probes(lab)
     found = []
     for seed in seeds:
         runs = {kind: table[kind, size][seed] for kind in KINDS}
         found.append(measure(report, runs, lab, probes))
-
-    loss = {kind: [table[kind, size][seed].loss for seed in seeds] for kind in KINDS}
-    gap = np.array(loss["factored"]) / loss["topk"] - 1
-    report.claim("loss", below(gap, 0.0, "seeds"))
 
     words = over_seeds(found, "precision@5")
     categories = Scores({"native": words["factored"], "top-k": words["topk"]})

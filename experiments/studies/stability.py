@@ -35,9 +35,10 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from data.words import LEAST_COUNT
 from dictionary import Dictionary
 from experiments.lab import Report, Scores
-from experiments.lab.claims import to_numpy
+from experiments.lab.claims import LEAST_UNITS, TooFew, missing, to_numpy
 from experiments.lab.plots import COLOURS
 from experiments.lab.spaces import cosines
 from experiments.lab.stats import regress_out
@@ -156,15 +157,23 @@ def run(study: Study) -> Report:
     report = Report(study, "stability", CLAIMS)
     seeds = {shape: Seeds(runs) for shape, runs in table.items()}
     ours = seeds["factored", size]
+    if len(ours.known) < LEAST_UNITS:
+        raise TooFew(
+            f"only {len(ours.known)} tokens were seen {LEAST_COUNT} times in training with each seed"
+        )
     lab = ours.labs[0]
     start = ours.codes(lambda lab: lab.step0.dictionary)
     shuffled = ours.codes(lambda lab: lab.shuffled.dictionary)
     words = np.flatnonzero(np.isin(ours.known, lab.words.known_words()))[:N_WORDS]  # rows of the codes
 
     # The space: does a word have the same neighbours?
-    near = {"native": ours.in_common(words, ours.native), "step 0": ours.in_common(words, start)}
-    near["shuffled"] = ours.in_common(words, ours.native, shuffled)
-    report.effect("neighbours", Scores(near), "words")
+    if len(words) < LEAST_UNITS:  # neighbours are among these words
+        why = f"only {len(words)} words were seen {LEAST_COUNT} times in training with each seed"
+        report.claim("neighbours", missing("effect", why))
+    else:
+        near = {"native": ours.in_common(words, ours.native), "step 0": ours.in_common(words, start)}
+        near["shuffled"] = ours.in_common(words, ours.native, shuffled)
+        report.effect("neighbours", Scores(near), "words")
 
     # The signals: has each a partner, and a better one than the signals of other dictionaries have?
     matches = {shape: found.matches() for shape, found in seeds.items()}
