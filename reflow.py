@@ -11,7 +11,7 @@ In Python or a notebook:
     m = load("release/reflow-mini")
     m.attribute("The capital of France is", "Paris", foil="London").top(5)
     m.signal(17); m.token(" king"); m.neighbors(" king")
-    m.generate("The history of", steer={" peace": 0.5}, layers=range(0, 3))
+    m.generate("The people of", steer={" God": 0.1}, layers=range(0, 3))
     m.cache("The capital of France is")["blocks.2.resid_post"]
 
 Contributions of signals are exact: they sum to the logit difference. A random rotation of the signals is the

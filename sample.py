@@ -4,7 +4,7 @@ Continue text with a trained model.
     python sample.py                                             the newest run with signals
     python sample.py --run=out/reflow-1 --prompt="The capital of France is" --num_samples=5 --temperature=0
     python sample.py --prompt=FILE:story.txt --top_p=0.95 --seed=7
-    python sample.py --steer="+joy:0.5@0-2,-s17:0.5@1" --compare    also without steering, by the same seed
+    python sample.py --steer="+God:0.15@0-2,-s17:0.1@1" --compare   also without steering, by the same seed
     python sample.py --run=out/smollm2 --chat --prompt="Why is the sky blue?" --num_samples=1
 
 All samples are generated together; the first is shown as it grows. A sample ends at <|endoftext|>.
