@@ -66,7 +66,8 @@ def hoyer(rows):
 
 def participation(rows):
     """(sum x^2)^2 / (S sum x^4) of rows (n, S), 1 for even to 1/S for one entry, (n,)."""
-    return (rows**2).sum(1) ** 2 / (rows**4).sum(1) / rows.shape[1]
+    square = rows * rows
+    return square.sum(1) ** 2 / (square * square).sum(1) / rows.shape[1]
 
 
 MEASURES = {"gini": gini, "hoyer": hoyer, "kurtosis": kurtosis, "participation": participation}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -98,6 +99,19 @@ def test_compare_measures_native_its_rotations_pca_and_ica(lab):
         assert np.abs(values - logits.native).max() < 1e-3
     assert len(np.unique(found["first"].gauges.round(6), axis=0)) == 19
     assert logits.gauge == "rotation"
+
+
+def test_one_random_dictionary_is_in_memory_at_a_time(lab):
+    """Each is gone before the next but one is measured: a large vocabulary has room for two."""
+    seen = []
+
+    def measure(d):
+        alive = [ref for ref in seen if ref() is not None and ref().name == "rotated"]
+        assert len(alive) <= 1
+        seen.append(weakref.ref(d))
+        return d.codes[:5, 0]
+
+    assert len(lab.compare(measure, n_gauges=30).gauges) == 30
 
 
 def test_compare_of_some_tokens_is_that_part_of_the_whole(lab):

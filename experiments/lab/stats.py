@@ -103,4 +103,5 @@ def gini(rows):
 def kurtosis(rows):
     """Excess kurtosis of rows (n, S), 0 for a Gaussian, (n,)."""
     x = rows - rows.mean(1, keepdims=True)
-    return (x**4).mean(1) / (x**2).mean(1) ** 2 - 3
+    square = x * x  # x**4 takes ten times as long
+    return (square * square).mean(1) / square.mean(1) ** 2 - 3
