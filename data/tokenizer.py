@@ -159,6 +159,11 @@ class Tokenizer:
         )
         return encoding, None if np.array_equal(ids, np.arange(len(ids))) else ids
 
+    @property
+    def encoding(self):
+        """The tiktoken.Encoding. Its ranks are the ids of GPT-2; other tokenizers have ids of their own."""
+        return self._tables[0]
+
     @functools.cached_property
     def _bytes(self):
         return self.vocabulary.token_bytes()

@@ -41,6 +41,10 @@ class Words:
         self.counts = counts
         self.tokenizer = tokenizer or gpt2()
 
+    def text(self, token):
+        """A token as text for a table or a figure."""
+        return self.tokenizer.token_text(token)
+
     @functools.cached_property
     def by_count(self):
         """All token ids, the most frequent in training first, (n_tokens,)."""

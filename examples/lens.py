@@ -24,7 +24,7 @@ import torch
 import checkpoint
 import configurator
 from configurator import UserError
-from data.tokenizer import encoding
+from data.tokenizer import kept
 
 # The output of one of our modules -> the hook of a TransformerLens 4 bridge. Heads lie side by side in ours.
 HOOKS = {
@@ -65,9 +65,10 @@ def open_bridge(folder):
 def main():
     (c,) = configurator.parse(LensConfig)
     bridge = open_bridge(c.export)
-    model, _ = checkpoint.load_model(checkpoint.find(c.run))
-    tokenizer = encoding()
-    idx = torch.tensor([tokenizer.encode(c.prompt)])  # (1, T)
+    step = checkpoint.find(c.run)
+    model, state = checkpoint.load_model(step)
+    tokenizer = kept(step, state)
+    idx = torch.tensor([tokenizer.encode_ordinary(c.prompt)])  # (1, T)
     logits, cache = bridge.run_with_cache(idx)
     print(f"largest difference of a logit to our model: {(logits - model(idx)[0]).abs().max():.1e}")
     for i in range(model.config.n_layer):  # the logit lens

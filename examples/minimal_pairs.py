@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 import configurator
-from data.tokenizer import END_OF_TEXT, encode
+from data.tokenizer import kept
 
 PAIRS = Path(__file__).parent / "lm_eval/minimal_pairs.jsonl"
 
@@ -34,23 +34,24 @@ class PairsConfig:
 
 
 @torch.no_grad()
-def log_likelihood(model, text):
+def log_likelihood(model, tokenizer, text):
     """log p(text) in nats, as the beginning of a document."""
-    tokens = torch.tensor([END_OF_TEXT, *encode(text).tolist()])
+    tokens = torch.tensor([tokenizer.end_of_text, *tokenizer.encode_ordinary(text)])
     logits, _ = model(tokens[None, :-1])  # (1, T, V)
     return logits[0].log_softmax(-1).gather(1, tokens[1:, None]).sum().item()
 
 
-def score(model):
+def score(model, tokenizer):
     """[(log p(good), log p(bad)) of every pair]."""
     pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
-    return [(log_likelihood(model, pair["good"]), log_likelihood(model, pair["bad"])) for pair in pairs]
+    return [tuple(log_likelihood(model, tokenizer, pair[side]) for side in ("good", "bad")) for pair in pairs]
 
 
 def main():
     (c,) = configurator.parse(PairsConfig)
-    model, _ = checkpoint.load_model(checkpoint.find(c.run))
-    right = [good > bad for good, bad in score(model)]
+    step = checkpoint.find(c.run)
+    model, state = checkpoint.load_model(step)
+    right = [good > bad for good, bad in score(model, kept(step, state))]
     accuracy = sum(right) / len(right)
     error = math.sqrt(accuracy * (1 - accuracy) / (len(right) - 1))  # as lm-eval has it
     print(f"{sum(right)} of {len(right)} pairs: accuracy {accuracy:.4f}, standard error {error:.4f}")

@@ -23,7 +23,6 @@ from torch import nn
 import checkpoint
 import configurator
 from configurator import UserError
-from data.tokenizer import encode
 from formats.llama import read_llama
 
 TEXT = "Our first duty is to the people of the United States, who gave us this government and its laws. " * 8
@@ -89,7 +88,7 @@ def main():
     stream = {}
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda block, inputs, output, i=i: stream.update({i: output[0]}))
-    model(torch.tensor([encode(TEXT).tolist()[: model.config.block_size]]))
+    model(torch.tensor([found.tokenizer.encode_ordinary(TEXT)[: model.config.block_size]]))
     print("explained variance   signals   random subspace")
     for i, x in stream.items():
         print(f"after block {i:2}       {explained(dictionary, x):8.3f}  {explained(chance, x):8.3f}")

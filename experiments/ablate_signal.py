@@ -49,7 +49,6 @@ from attribution import (
     remove_signals,
 )
 from configurator import UserError
-from data.words import token_id
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.plots import plot_scores, plot_waterfall
 from experiments.lab.stats import estimate, random_mask
@@ -153,7 +152,7 @@ def run(lab: Lab, config: AblateConfig | None = None) -> Report:
     if not config.prompt:
         raise UserError("--prompt is empty: give some words")
     if config.target:  # before the work
-        token_id(config.target, lab.model.net.config.n_tokens)
+        lab.words.tokenizer.token_id(config.target, lab.model.net.config.n_tokens)
     report = Report(lab, "ablate_signal", CLAIMS)
     prompts, _ = lab.heldout(N_PROMPTS, PROMPT_LENGTH)
 

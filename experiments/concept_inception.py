@@ -37,7 +37,6 @@ import numpy as np
 import torch
 
 import hooks
-from data.words import token_text
 from dictionary import top_k
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
@@ -173,7 +172,7 @@ def run(lab: Lab, config=None) -> Report:
             at = {"model": name, "layer": layer}
             report.row("share never lost again", steady.mean(), **at)
             for i, value in enumerate(values):
-                report.row("alpha*", value, prompt=f"{i}: {token_text(tokens[i])}", **at)
+                report.row("alpha*", value, prompt=f"{i}: {lab.words.text(tokens[i])}", **at)
         exact[name] = exact_dose(subject, contexts[name].resid[-1], direction, targets)
 
     # Other directions, and recipes of few signals, entering the middle layer.
@@ -219,17 +218,17 @@ def run(lab: Lab, config=None) -> Report:
     )
     before = hooks.logit_lens(model.net, contexts["reflow"].resid[-1])  # (n, n_tokens)
     rank = to_numpy((before > before.gather(1, targets[:, None])).sum(1)) + 1
-    report.gallery = gallery(idx, tokens, own.native, rank, middle)
+    report.gallery = gallery(lab, idx, tokens, own.native, rank, middle)
     draw(report, alpha, own, few["alpha"], lab.words.counts[tokens], rank, middle)
     return report
 
 
-def gallery(idx, tokens, alpha, rank, layer):
+def gallery(lab, idx, tokens, alpha, rank, layer):
     """The first twelve pairs, not chosen, as text."""
     lines = [f"The first pairs, not chosen: alpha* entering layer {layer} (inf: never)"]
     for i in range(min(12, len(tokens))):
-        text = "".join(token_text(token) for token in idx[i])[-48:]
-        lines.append(f"{alpha[i]:6.2f}  {text:>48} |{token_text(tokens[i])}  (rank {rank[i]:.0f} before)")
+        text = "".join(lab.words.text(token) for token in idx[i])[-48:]
+        lines.append(f"{alpha[i]:6.2f}  {text:>48} |{lab.words.text(tokens[i])}  (rank {rank[i]:.0f} before)")
     return "\n".join(lines)
 
 

@@ -38,11 +38,17 @@ import numpy as np
 import torch
 
 import hooks
-from data.tokenizer import encode
-from data.words import token_text
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
-from experiments.lab.patching import PLACES, Pairs, logit_difference, mean_recovery, patch_places, recover
+from experiments.lab.patching import (
+    PLACES,
+    Pairs,
+    logit_difference,
+    mean_recovery,
+    minimal_pairs,
+    patch_places,
+    recover,
+)
 from experiments.lab.plots import COLOURS, plot_band, plot_heat_map
 from experiments.lab.stats import estimate
 
@@ -126,7 +132,7 @@ def inject(lab, report, layers):
 def interchange(lab, report, layers, texts):
     """({(model, "short" or "long"): Recovery}, {model: mean recovery by place and layer})."""
     rng = lab.rng("pairs")
-    shape = lab.model.net.config.block_size, lab.device
+    shape = lab.words.tokenizer, lab.model.net.config.block_size, lab.device
     fewer = Pairs(texts[::3], *shape)  # every third keeps all templates
     batches = {"short": Pairs(texts, *shape)}
     batches["long"] = Pairs(texts[::3], *shape, lab.probe("agreement")["contexts"])
@@ -165,8 +171,7 @@ def run(lab: Lab, config=None) -> Report:
     report.effect("early_injection", thirds, "windows", published=PUBLISHED)
 
     # The last token must be the same in both prompts of a pair.
-    pairs = lab.probe("agreement")["pairs"]
-    texts = [pair for pair in pairs if encode(pair["clean"])[-1] == encode(pair["corrupted"])[-1]]
+    texts = minimal_pairs(lab.probe("agreement")["pairs"], lab.words.tokenizer)
     found, maps = interchange(lab, report, layers, texts)
     short = found["reflow", "short"]
     points = {name: recovery.points for (name, length), recovery in found.items() if length == "short"}
@@ -235,10 +240,10 @@ def draw_curves(report, changes, found, kl, layers):
 
 def draw_maps(report, lab, maps, text, whole, layers):
     """Recovery by place and layer: the mean of pairs in each model, and every token of one pair."""
-    pair = Pairs([text], lab.model.net.config.block_size, lab.device)
+    pair = Pairs([text], lab.words.tokenizer, lab.model.net.config.block_size, lab.device)
     each_token = torch.eye(pair.clean.size(1), dtype=torch.bool, device=lab.device)[:, None]  # (T, 1, T)
     change = to_numpy(patch_places(lab.model, pair, each_token, layers))[:, :, 0]  # (T, layers)
-    tokens = [token_text(token).replace(" ", "\u00b7") for token in pair.clean[0]]
+    tokens = [lab.words.text(token).replace(" ", "\u00b7") for token in pair.clean[0]]
     panels = [(f"{name}, mean of pairs", values, PLACES) for name, values in maps.items()]
     panels.append(("reflow, the pair it tells apart most", change / whole, tokens))
     middle = len(layers) // 2

@@ -131,7 +131,7 @@ def side_effects(lab, report, part, prompts, v, layers, words, strengths):
     with hooks.steer(net, v, per_row(strengths, len(prompts), v.device), layers):
         out = sample(net, prompts * len(strengths), lab.seed)
     texts = {s: out[i * len(prompts) : (i + 1) * len(prompts)] for i, s in enumerate(strengths)}
-    fluent = {s: fluency(net, prompts, continued) for s, continued in texts.items()}
+    fluent = {s: fluency(net, prompts, continued, lab.words.tokenizer) for s, continued in texts.items()}
     for s, values in fluent.items():
         for metric, value in values.items():
             report.row(f"continuations, {metric}", value, control=part, strength=s)
@@ -230,8 +230,8 @@ def run(lab: Lab, config=None) -> Report:
     }
     lines = [f"Continuations of the first test templates, not selected; strength {best:g} residual norms"]
     for i, prompt in enumerate(test[:4]):
-        lines += ["", f"{as_text(prompt)} ..."]
-        lines += [f"  {s:+5.2g} {as_text(texts[s][i])}" for s in (-best, 0.0, best)]
+        lines += ["", f"{as_text(prompt, lab.words.tokenizer)} ..."]
+        lines += [f"  {s:+5.2g} {as_text(texts[s][i], lab.words.tokenizer)}" for s in (-best, 0.0, best)]
     report.gallery = "\n".join(lines)
     draw(report, whole, few["distance"], scores, kl, best)
     return report

@@ -101,14 +101,14 @@ def edits_as_text(table):
 
 def continue_edited(lab, report, task, edited):
     """Continuations of templates by the nets `edited`, {name: net}, as text; their fluency goes to rows."""
-    prompts = task.prompts[::3]
+    prompts, tokenizer = task.prompts[::3], lab.words.tokenizer
     unedited = hooks.with_embedding(lab.model.net, lab.model.E)
     lines = ["Continuations of the first templates, not selected"]
     for name, net in {"unedited": unedited, **edited}.items():
         texts = sample(net, prompts, lab.seed)
-        for metric, value in fluency(unedited, prompts, texts).items():
+        for metric, value in fluency(unedited, prompts, texts, tokenizer).items():
             report.row(f"continuations, {metric}", value, control=name)
-        lines += ["", name, *(f"  {as_text(prompts[i] + texts[i])}" for i in range(3))]
+        lines += ["", name, *(f"  {as_text(prompts[i] + texts[i], tokenizer)}" for i in range(3))]
     return "\n".join(lines)
 
 

@@ -29,7 +29,6 @@ import threads
 import numpy as np
 import torch
 
-from data.words import token_text
 from dictionary import Dictionary, rotated
 from experiments.lab import Lab, Report, run_experiment
 from experiments.lab.analogies import relations
@@ -88,7 +87,7 @@ def run(lab: Lab, config: NearestNeighborsConfig | None = None) -> Report:
     pool = lab.words.known_words()[:POOL]
     n = len(words)
     plurals = relations(lab).get("singular_plural", ())
-    barred = share_stem([token_text(token).strip() for token in words], plurals)
+    barred = share_stem([lab.words.text(token).strip() for token in words], plurals)
 
     def measure(codes):
         own, frequent = codes[:n], codes[n:]
@@ -162,7 +161,7 @@ def plot_pairs(ax, cosine, labels, barred):
 
 def gallery(lab, chosen, pool, tables):
     """Text: the most similar pairs of the pool, neighbours of chosen words and of words drawn at random."""
-    names = [token_text(token).strip() for token in pool]
+    names = [lab.words.text(token).strip() for token in pool]
     native = tables["native"]
     i, j = torch.triu_indices(len(pool), len(pool), 1, device=native.device)
     lines = [f"Most similar recipes of the {len(pool)} most frequent words (cosine; in E)"]

@@ -27,7 +27,6 @@ import threads
 import numpy as np
 import torch.nn.functional as F
 
-from data.words import token_text
 from experiments.lab import Lab, Report, run_experiment
 from experiments.lab.analogies import METHODS, QUESTIONS, build, candidates, ranks, relations
 from experiments.lab.plots import plot_dot, plot_scores
@@ -99,7 +98,7 @@ def run(lab: Lab) -> Report:
 
 def gallery(lab, codes, pool, known, questions):
     """The answer's rank and the best candidates, as text: published examples, questions drawn at random."""
-    names = [token_text(token).strip() for token in pool]
+    names = [lab.words.text(token).strip() for token in pool]
     drawn = lab.rng("drawn").permutation(len(questions))[:N_DRAWN]
     lines = ["The published examples (3CosAdd, query words left out)"]
     for words in EXAMPLES:

@@ -30,7 +30,6 @@ import threads
 import numpy as np
 import torch
 
-from data.words import token_text
 from experiments.lab import Lab, Report, run_experiment
 from experiments.lab.plots import COLOURS, plot_heat_map
 from experiments.lab.probes import labelled
@@ -181,10 +180,11 @@ def draw(report, lab, native, untrained, words, labels, names, rng):
     report.numbers["picture"] = picture | {"share of variance": share}
     values = "; ".join(f"{name} {value:.3f}" for name, value in picture.items())
     report.notes.append(f"Silhouette of the {len(words)} words of the picture {values}.")
-    draw_plane(report, points, labels, names, words)
+    texts = np.array([lab.words.text(token).strip() for token in words])
+    draw_plane(report, points, labels, names, texts)
     by_count = np.argsort(-lab.words.counts[words], kind="stable")
     frequent = np.concatenate([by_count[labels[by_count] == i][:N_ROWS] for i in range(len(names))])
-    draw_heat_map(report, distances(native[frequent]), labels[frequent], names, words[frequent])
+    draw_heat_map(report, distances(native[frequent]), labels[frequent], names, texts[frequent])
 
 
 def picture_silhouettes(own, untrained, labels, rng, seed):
@@ -203,7 +203,7 @@ def picture_silhouettes(own, untrained, labels, rng, seed):
     return {name: float(values.mean()) for name, values in found.items()}
 
 
-def draw_plane(report, points, labels, names, tokens):
+def draw_plane(report, points, labels, names, texts):
     """The words in the plane of most variance, with the text of the outermost ones of each category."""
     picture = report.numbers["picture"]
     title = (
@@ -217,14 +217,13 @@ def draw_plane(report, points, labels, names, tokens):
         for i, (colour, marker) in enumerate(STYLES[: len(names)]):
             ax.plot(*points[labels == i].T, marker, color=COLOURS[colour], ms=5, label=names[i], alpha=0.8)
             for word in outermost_first[labels[outermost_first] == i][:N_TEXTS]:
-                text = token_text(tokens[word]).strip()
-                ax.annotate(text, points[word], (4, 3), textcoords="offset points", fontsize=7)
+                ax.annotate(texts[word], points[word], (4, 3), textcoords="offset points", fontsize=7)
         ax.set(xlabel="first principal axis (length in the residual stream)", ylabel="second principal axis")
         ax.margins(x=0.14)
         ax.figure.legend(ncols=len(names), loc="outside lower center", columnspacing=1)
 
 
-def draw_heat_map(report, distance, labels, names, tokens):
+def draw_heat_map(report, distance, labels, names, texts):
     """Cosines of words in leaf order, from distances (m, m)."""
     order = leaf_order(distance)
     cosine = 1 - distance[np.ix_(order, order)]
@@ -237,8 +236,7 @@ def draw_heat_map(report, distance, labels, names, tokens):
         f"Recipes in the leaf order of average linkage: {neighbours:.0%} of neighbours in the order share a "
         f"category, in a random order {by_chance:.0%}"
     )
-    texts = [token_text(tokens[i]).strip() for i in order]
-    rows = [f"{text} ({names[i]})" for text, i in zip(texts, part, strict=True)]
+    rows = [f"{text} ({names[i]})" for text, i in zip(texts[order], part, strict=True)]
     limit = np.abs(cosine[~np.eye(len(cosine), dtype=bool)]).max()
     with report.figure("heat_map", title, size=(8.8, 8)) as ax:
         plot_heat_map(ax, cosine, texts, rows, "cosine of two recipes, centred", limit, fontsize=6)

@@ -38,7 +38,6 @@ import numpy as np
 import torch
 
 import hooks
-from data.words import token_text
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
 from experiments.lab.plots import plot_band, plot_curves, plot_heat_map
@@ -186,13 +185,13 @@ def run(lab: Lab, config=None) -> Report:
         f"Contributions sum to the top token's logit within {error:.1e}. With unrelated signals the overlap "
         f"would be {min(TOP, size)}/{size}."
     )
-    report.gallery = gallery(x, own, contributions, native, names)
+    report.gallery = gallery(lab, x, own, contributions, native, names)
 
     draw(report, depths, agreement, found["overlap"], shares, names)
     return report
 
 
-def gallery(x, depth, contributions, d, names):
+def gallery(lab, x, depth, contributions, d, names):
     """Eight contexts, evenly spaced and not chosen, as text."""
     lines = ["logit lens, eight contexts, not chosen: top token after 0, 1, ... blocks; strongest signals"]
     for i in range(0, len(x), max(1, len(x) // 8)):
@@ -200,8 +199,8 @@ def gallery(x, depth, contributions, d, names):
         writer = contributions[i].abs().argmax(0)  # (S,)
         strongest = raises.argsort(descending=True)[:3].tolist()
         signals = [f"{s} ({raises[s]:+.1f}, {names[writer[s]]})" for s in strongest]
-        tops = " -> ".join(token_text(token) for token in depth.top[i])
-        lines.append(f"  ...{''.join(token_text(token) for token in x[i, -8:])}")
+        tops = " -> ".join(lab.words.text(token) for token in depth.top[i])
+        lines.append(f"  ...{''.join(lab.words.text(token) for token in x[i, -8:])}")
         lines.append(f"      {tops};  signals {', '.join(signals)}")
     return "\n".join(lines)
 

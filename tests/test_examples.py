@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import export
+from data.tokenizer import gpt2
 from formats.llama import to_halves
 from tests.formats_fixtures import export_folder, go, ids, logits, random_model
 
@@ -75,7 +76,7 @@ def test_lm_eval(folder, monkeypatch):
     )
     samples = sorted(out["samples"]["minimal_pairs"], key=lambda s: s["doc_id"])
     theirs = torch.tensor([[float(r[0]) for r in s["filtered_resps"]] for s in samples])
-    ours = torch.tensor(minimal_pairs.score(random_model("factored")))
+    ours = torch.tensor(minimal_pairs.score(random_model("factored"), gpt2()))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3)
     accuracy = (ours[:, 0] > ours[:, 1]).float().mean().item()
     assert out["results"]["minimal_pairs"]["acc,none"] == pytest.approx(accuracy)

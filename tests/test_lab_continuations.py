@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hooks
+from data.tokenizer import gpt2
 from experiments.lab import continuations
 from tests.lab_fixtures import tiny
 
@@ -11,7 +12,7 @@ from tests.lab_fixtures import tiny
 def test_fluency_of_known_text():
     net = tiny()
     prompts, texts = [[1, 2], [3, 4, 5]], [[6, 7, 6, 7], [8, 9]]
-    found = continuations.fluency(net, prompts, texts)
+    found = continuations.fluency(net, prompts, texts, gpt2())
     losses = []
     for prompt, text in zip(prompts, texts, strict=True):
         with torch.no_grad():
@@ -19,7 +20,7 @@ def test_fluency_of_known_text():
         losses += [-log_p[len(prompt) - 1 + i, token] for i, token in enumerate(text)]
     assert found["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert found["distinct-2"] == pytest.approx(3 / 4)
-    repeated = continuations.fluency(net, [[1]], [[6, 7] * 20])
+    repeated = continuations.fluency(net, [[1]], [[6, 7] * 20], gpt2())
     assert repeated["zlib ratio"] < 0.5 and repeated["distinct-2"] == pytest.approx(2 / 39)
 
 

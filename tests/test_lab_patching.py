@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.tokenizer import gpt2
 from experiments.lab import Subject, patching
 from experiments.lab.probes import probe
 from tests.lab_fixtures import averaging, silent, tiny
@@ -32,7 +33,7 @@ def test_the_layer_that_moves_the_decision_is_found(layer, length):
     agreement = probe("agreement")
     texts = [pair for pair in agreement["pairs"] if pair["template"] == "subject_of"]
     contexts = agreement["contexts"] if length == "long" else None
-    pairs = patching.Pairs(texts, 64, "cpu", contexts)
+    pairs = patching.Pairs(texts, gpt2(), 64, "cpu", contexts)
     found = patching.recover(subject, pairs, np.random.default_rng(0))
     step = (np.arange(5) > layer).astype(float)
     assert np.abs(found.curve - step).max() < 1e-3

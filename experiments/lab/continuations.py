@@ -7,7 +7,6 @@ import zlib
 import torch
 
 import hooks
-from data.tokenizer import encoding
 
 NEW_TOKENS = 12  # of a continuation
 
@@ -18,8 +17,8 @@ def sample(net, prompts, seed):
     return net.generate(prompts, NEW_TOKENS, generator=generator)
 
 
-def fluency(net, prompts, texts):
-    """Continuations `texts` of prompts (lists of ids), judged by the model `net`: {measure: value}.
+def fluency(net, prompts, texts, tokenizer):
+    """Continuations `texts` of prompts (ids of a Tokenizer), judged by the model `net`: {measure: value}.
 
     loss: mean cross-entropy of their tokens, nats. zlib ratio: compressed over plain size in bytes.
     distinct-2: share of distinct bigrams (Li et al., 1510.03055). Repetitive text is low in all three.
@@ -31,7 +30,7 @@ def fluency(net, prompts, texts):
     end = torch.tensor([len(row) for row in rows], device=idx.device)
     is_new = (at >= first[:, None]) & (at < end[:, None])  # (B, T - 1)
     losses = hooks.token_losses(net, idx[:, :-1], idx[:, 1:])[is_new]
-    text = "\n".join(encoding().decode(text) for text in texts).encode()
+    text = "\n".join(tokenizer.decode(text) for text in texts).encode()
     bigrams = [pair for text in texts for pair in zip(text, text[1:], strict=False)]
     return {
         "loss": losses.double().mean().item(),
@@ -40,6 +39,6 @@ def fluency(net, prompts, texts):
     }
 
 
-def as_text(ids):
-    """Ids as text on one line."""
-    return repr(encoding().decode(ids))[1:-1]
+def as_text(ids, tokenizer):
+    """Ids of a Tokenizer as text on one line."""
+    return repr(tokenizer.decode(ids))[1:-1]

@@ -11,27 +11,45 @@ import numpy as np
 import torch
 
 import hooks
-from data.tokenizer import encode
-from experiments.lab.claims import to_numpy
+from experiments.lab.claims import LEAST_UNITS, TooFew, to_numpy
 from experiments.lab.results import Estimate
 
 PLACES = ("changed", "between", "last")
 
 
+def minimal_pairs(pairs, tokenizer):
+    """Those of `pairs` that are minimal in the tokens of a Tokenizer, a list. Raises TooFew.
+
+    Both prompts have as many tokens and the same last one; each answer is one token.
+    """
+    found = []
+    for pair in pairs:
+        clean, corrupted = (tokenizer.encode(pair[side]) for side in ("clean", "corrupted"))
+        words = [tokenizer.encode(" " + pair[side]) for side in ("correct", "other")]
+        same = len(clean) == len(corrupted) and clean[-1] == corrupted[-1]
+        if same and all(len(word) == 1 for word in words):
+            found.append(pair)
+    if len(found) < LEAST_UNITS:
+        raise TooFew(f"only {len(found)} of {len(pairs)} pairs of agreement.json are minimal in its tokens")
+    return found
+
+
 class Pairs:
-    """Minimal pairs: prompts clean, corrupted (B, T), padded on the right; words correct, other (B,).
+    """Minimal pairs in the tokens of a Tokenizer.
+
+    Prompts clean, corrupted (B, T), padded on the right; words correct, other (B,).
 
     `contexts` are texts to come before the prompts, which keep their last `block_size` tokens.
     """
 
-    def __init__(self, pairs, block_size, device, contexts=None):
+    def __init__(self, pairs, tokenizer, block_size, device, contexts=None):
         def prompts(side):
             heads = [contexts[pair["context"]] + " " if contexts else "" for pair in pairs]
             texts = [head + pair[side] for head, pair in zip(heads, pairs, strict=True)]
-            return [encode(text).tolist()[-block_size:] for text in texts]
+            return [tokenizer.encode_ordinary(text)[-block_size:] for text in texts]
 
         def words(side):
-            ids = [encode(" " + pair[side])[0] for pair in pairs]
+            ids = [tokenizer.encode_ordinary(" " + pair[side])[0] for pair in pairs]
             return torch.tensor(ids, dtype=torch.long, device=device)
 
         clean = prompts("clean")

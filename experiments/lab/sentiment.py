@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 import hooks
-from data.tokenizer import encode
 from dictionary import top_k
 from experiments.lab.claims import TooFew
 
@@ -20,7 +19,7 @@ LEAST_COUNT = 3  # sightings in training that a word needs
 
 def templates(lab, part):
     """The prompts of a part, "dev" or "test", as lists of ids."""
-    return [encode(text).tolist() for text in lab.probe("sentiment")["templates"][part]]
+    return [lab.words.tokenizer.encode_ordinary(text) for text in lab.probe("sentiment")["templates"][part]]
 
 
 def word_pairs(lab, part):
