@@ -60,9 +60,10 @@ def acquire(folder, wait):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 break
         file.close()  # its owner removed it in this moment
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without these words
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), text.encode())
     return file
 
 

@@ -1,6 +1,7 @@
 """Exclusive use of a folder: the second command stops and names the first; a kill -9 frees the folder."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -47,6 +48,20 @@ def test_the_second_stops_and_names_the_first(tmp_path, hold):
         assert f"process {first.pid} on {socket.gethostname()} since 20" in message and "\n" not in message
     with lock(tmp_path / "out" / "other"):
         assert not folder.exists()
+
+
+def test_a_full_disk_does_not_break_the_lock(tmp_path):
+    """The words about its owner do not fit; what is written next meets the error and names its own file."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with lock(tmp_path / "run"):
+            command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+            second = subprocess.run(command, cwd=ROOT, capture_output=True)
+            assert second.returncode == 1 and b"is in use by another process" in second.stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_9_gives_it_free(tmp_path, hold):

@@ -17,10 +17,10 @@ import configurator
 from checkpoint import Checkpoint
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
-from experiments.lab.lab import check_writable, run_identity
+from experiments.lab.lab import run_identity
 from experiments.lab.report import measure, save_and_print
 from experiments.lab.results import Identity
-from files import file_sha256
+from files import check_writable, file_sha256
 from hardware import count_parameters
 from model import ModelConfig
 
