@@ -176,14 +176,14 @@ def factor(net, kind, seed=0):
 
 def main():
     (c,) = configurator.parse(ExportConfig)
-    to = Path(c.to)
+    to = Path(c.to).expanduser()
     makes_run = c.from_ is not None or c.factor is not None
     if to.exists() and (makes_run or not is_export(to)):
         raise UserError(f"--to={to} is there already; only an export replaces an export: give another folder")
     ckpt = checkpoint.open_run(c.run) if c.from_ is None else None
     with files.lock(to):  # also an error now, not after the work, if it cannot be written
         if ckpt is None:
-            import_model(Path(c.from_), to, c.dataset, c.sequences)
+            import_model(Path(c.from_).expanduser(), to, c.dataset, c.sequences)
         elif c.factor is not None:
             net = factor(ckpt.load_model(verified=True), c.factor, c.seed)
             config = ckpt.state["config"] | {"model": asdict(net.config)}

@@ -90,6 +90,7 @@ class TrainConfig:
     dry_run: bool = False  # print parameters, FLOPs, memory and time, and stop
 
     def __post_init__(self):
+        self.out_dir = os.path.expanduser(self.out_dir)  # a shell leaves the ~ of --out_dir=~/run as it is
         counts = "batch_size micro_batch_size max_steps eval_interval eval_sequences save_interval keep"
         check(self, *(f"{name} >= 1" for name in f"{counts} log_interval max_bad_steps".split()))
         check(self, "save_interval % eval_interval == 0", "0 <= warmup_steps <= max_steps", SEED)
@@ -192,7 +193,7 @@ def refuse_a_shape(c):
 
 def own_settings(given):
     """The settings of the run that --resume goes on with, {} without one; `given` are the command's."""
-    run = Path(given.get("out_dir", ""))
+    run = Path(given.get("out_dir", "")).expanduser()
     newest, state, _ = checkpoint.newest_whole(run) if given.get("resume") else (None, None, [])
     if newest is None:
         return {}

@@ -265,7 +265,9 @@ def how_to_get(folder):
     """What to do about a missing data set: its prepare.py, the nearest name, else how to make one."""
     if (folder / "prepare.py").exists():
         return f"run python {shortest(folder / 'prepare.py')}"
-    beside = [*DATA.glob("*/prepare.py"), *DATA.glob("*/meta.json"), *folder.parent.glob("*/meta.json")]
+    beside = list(DATA.glob("*/prepare.py"))
+    for place in (Path(), user_cache(), DATA, folder.parent):  # of two of a name, the last one wins
+        beside += place.glob("*/meta.json")
     places = {path.parent.name: path.parent for path in beside}
     if near := get_close_matches(folder.name, places, n=1):
         return f"did you mean --dataset={as_argument(places[near[0]])}?"

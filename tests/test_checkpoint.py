@@ -400,6 +400,8 @@ def test_near_names_are_offered_wherever_runs_live(run, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UserError, match=f"no run {name}: did you mean .*{meant}"):
             find(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/out/a") == run / "step_000004"  # a shell leaves the ~ of --run=~/out/a as it is
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="did you mean here"):
         find("out/heer")

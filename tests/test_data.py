@@ -671,6 +671,7 @@ def test_near_names_are_offered(elsewhere):
     write(elsewhere / "else where" / "stories", random_documents(20))
     for name, hint in (
         ("bokos", "did you mean --dataset=books?"),
+        ("storys", f"did you mean --dataset='{elsewhere}/else where/stories'?"),  # made right here
         ("./storys", f"did you mean --dataset='{elsewhere}/else where/stories'?"),
         ("text.txt", "prepare.py --source=text.txt --out=text"),
         ("zzz", "prepare.py --source=FILES --out=zzz"),

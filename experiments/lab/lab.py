@@ -134,7 +134,11 @@ def results_folder(ckpt, elsewhere=None):
     """The folder of the results of a Checkpoint: the run's own, or one with its name in `elsewhere`."""
     if elsewhere is None:
         return ckpt.results
-    return Path(elsewhere) / ckpt.name / (ckpt.path.name if ckpt.named and ckpt.path != ckpt.run else "")
+    return (
+        Path(elsewhere).expanduser()
+        / ckpt.name
+        / (ckpt.path.name if ckpt.named and ckpt.path != ckpt.run else "")
+    )
 
 
 def check_writable(folder):
@@ -153,7 +157,7 @@ class Lab:
         keep_freed_memory()
         self.checkpoint = checkpoint.open_run(self.config.run)
         self.model = open_subject("reflow", self.checkpoint, self.device)
-        self.own_probes = own_probes(Path(self.config.probes)) if self.config.probes else {}
+        self.own_probes = own_probes(Path(self.config.probes).expanduser()) if self.config.probes else {}
         self.report = None  # the Report that is being made
         self._rivals = {}  # name of a subject -> its PCA and ICA
         self.missing = {}  # name of a subject -> {rival that could not be found: why}
@@ -366,7 +370,7 @@ class Lab:
 
     def probe(self, name):
         """The word lists of a kind: those of --probes, else of experiments/probes/."""
-        return probe(name, Path(self.config.probes or PROBES))
+        return probe(name, Path(self.config.probes or PROBES).expanduser())
 
     def heldout(self, n, length):
         """At most n windows of validation text, spread evenly, x, y (n, length).

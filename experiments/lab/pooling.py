@@ -41,7 +41,7 @@ def why_not(checkpoints):
 
 def pooled_folder(checkpoints, elsewhere=None):
     """Where pooled results go: pooled/<names>/ beside the runs, or in the folder of --results."""
-    parent = checkpoints[0].run.parent if elsewhere is None else Path(elsewhere)
+    parent = checkpoints[0].run.parent if elsewhere is None else Path(elsewhere).expanduser()
     return parent / "pooled" / "+".join(ckpt.name for ckpt in checkpoints)
 
 

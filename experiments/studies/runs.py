@@ -6,6 +6,7 @@ The report of a study takes a Study in place of a Lab. Its result has the same f
 
 import glob
 import json
+import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -72,7 +73,7 @@ def find_runs(pattern):
     Exports of other runs are left out: they were not trained and have no metrics.
     """
     found = []
-    for folder in map(Path, sorted(glob.glob(pattern))):
+    for folder in map(Path, sorted(glob.glob(os.path.expanduser(pattern)))):
         if (folder / "latest").exists() and (folder / "metrics.jsonl").exists():
             path, state, _ = checkpoint.newest_whole(folder)
             if path is not None and state.get("whole_val_loss") is not None:
@@ -173,7 +174,7 @@ def run_study(run):
 
     def main():
         (config,) = configurator.parse(StudyConfig)
-        folder = Path(config.out or Path(config.runs).parent)
+        folder = Path(config.out or Path(config.runs).parent).expanduser()
         study = Study(folder, find_runs(config.runs))
         check_writable(study.results)
         save_and_print(measure(run, study))

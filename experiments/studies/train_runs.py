@@ -49,7 +49,7 @@ def plan(c):
     for seed in range(c.seeds):
         for size in SIZES:
             for kind, config in KINDS.items():
-                folder = Path(c.out) / f"{kind}-{size}-seed{seed}"
+                folder = Path(c.out).expanduser() / f"{kind}-{size}-seed{seed}"
                 options = shape_options(kind, size) | {
                     "max_steps": c.steps,
                     "warmup_steps": c.steps // 10,
