@@ -2,13 +2,14 @@
 # make test      install, run the tests
 # make lint      check style
 # make studies   train and compare 27 small runs
+# make audit     what the experiments' claims find and what they refuse
 # make bench     speed and memory
 # make paper     figures and paper/paper.pdf from the committed results
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint studies bench paper
+.PHONY: demo test lint studies audit bench paper
 
 demo: .venv/run
 	$(BIN)/python data/sotu/prepare.py
@@ -36,6 +37,9 @@ lint: .venv/dev
 studies: .venv/run
 	$(BIN)/python data/sotu/prepare.py
 	$(BIN)/python experiments/studies/train_runs.py
+
+audit: .venv/run
+	$(BIN)/python experiments/audit.py
 
 bench: .venv/run
 	$(BIN)/python data/sotu/prepare.py

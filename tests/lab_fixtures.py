@@ -1,27 +1,15 @@
 """A small corpus and small runs for the experiments' tests: real files, opened as a user's are."""
 
-import re
-from dataclasses import asdict
-
 import numpy as np
 import torch
 
-import checkpoint
 from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode, encoding
+from data.tokenizer import END_OF_TEXT, encode
 from dictionary import Dictionary
 from experiments.lab import Lab, LabConfig
-from experiments.lab.probes import probe
-from model import ModelConfig, ReFlow
+from experiments.lab.plants import averaging, corpus_of_pairs, save_run, silent, tiny, token, words
 
-
-def words(n=None):
-    """The first n words of the probe lists (None: all), every one a single token."""
-    lists = str([entry["words"] for entry in probe("categories").values()])
-    found = dict.fromkeys(re.findall(r"[A-Za-z]+", lists))
-    for relation in probe("analogies").values():
-        found |= dict.fromkeys(word for pair in relation["pairs"] for word in pair)
-    return list(found)[:n]
+__all__ = ["averaging", "corpus_of_pairs", "save_run", "silent", "tiny", "token", "words"]
 
 
 def corpus(folder, seed=0, repeats=12, n_words=None):
@@ -39,69 +27,10 @@ def corpus(folder, seed=0, repeats=12, n_words=None):
     return folder
 
 
-def corpus_of_pairs(folder, pairs, times):
-    """Write a dataset: pairs of words in random order, pair i times[i] times."""
-    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(pairs)), times))
-    writer = Writer(folder, source="pairs of words in random order", licence="none", recipe={})
-    for i, part in enumerate(np.array_split(order, len(order) // 100)):
-        split = "val" if i % 3 == 1 else "train"
-        if writer.wants(split, i):
-            line = "".join(f" {word}" for j in part for word in pairs[j])
-            writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
-    writer.finish()
-    return folder
-
-
-def save_run(folder, model, data, step=1, val_loss=9.0, start=999, **how):
-    """Save a model as the run `folder`, after another start as its step 0, unless it is that itself.
-
-    `how`: settings of its training; without them it has no null model of shuffled text.
-    """
-    train = {"dataset": str(data), "seed": 0, "batch_size": 0} | how
-    state = {
-        "config": {"model": asdict(model.config), "train": train},
-        "val_loss": val_loss,
-        "whole_val_loss": val_loss,
-        "bits_per_byte": 2.0,
-        "data_sha256": "0",
-    }
-    if step:
-        torch.manual_seed(start)
-        untrained = ReFlow(model.config)
-        checkpoint.save(folder, 0, dict(untrained.state_dict()), {}, state, keep=1, best=False)
-    checkpoint.save(folder, step, dict(model.state_dict()), {}, state, keep=1, best=True)
-    return folder
-
-
-def tiny(seed=0, **changes):
-    """An untrained model over GPT-2's vocabulary: 16 signals, width 16, 2 layers."""
-    torch.manual_seed(seed)
-    shape = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_hidden": 32}
-    return ReFlow(ModelConfig(**shape | {"recipe_init_std": 0.1} | changes))
-
-
-def silent(net):
-    """The same net with blocks that add nothing."""
-    for block in net.blocks:
-        torch.nn.init.zeros_(block.attn.o.weight)
-        torch.nn.init.zeros_(block.mlp.down.weight)
-    return net
-
-
 def loud(net, factor=5):
     """The same net with larger weights in its blocks: an untrained one hardly changes its stream."""
     for parameter in net.blocks.parameters():
         parameter.data *= factor
-    return net
-
-
-def averaging(net, layer, value=None, gain=1.0):
-    """The same net; attention of block `layer` adds gain * value @ the mean of all normalised streams."""
-    attn = net.blocks[layer].attn
-    eye = torch.eye(net.config.n_embd)
-    torch.nn.init.zeros_(attn.q.weight)
-    attn.v.weight.data = eye if value is None else value
-    attn.o.weight.data = gain * eye
     return net
 
 
@@ -113,12 +42,6 @@ def ids(*shape, seed=0, low=0, high=1000):
 def open_lab(run, baseline=None, seed=0):
     """The lab of a run on the CPU."""
     return Lab(LabConfig(run=str(run), baseline=baseline and str(baseline), seed=seed, device="cpu"))
-
-
-def token(word):
-    """The id of " word"."""
-    (found,) = encoding().encode_ordinary(" " + word)
-    return found
 
 
 def planted_pairs(pairs, sides=(), turn=False, aside=False):

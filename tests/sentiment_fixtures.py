@@ -1,26 +1,13 @@
 """A corpus of word pairs, and small models with a planted signal of sentiment."""
 
-import functools
-
-from experiments.lab.probes import probe
-from tests.lab_fixtures import corpus_of_pairs, open_lab, planted_pairs, save_run, tiny, words
-
-COMMON = ["was", "is", "been", "seemed", "as", "found", "change", "argument", "country", "sounded"]
+from experiments.lab import plants
+from experiments.lab.plants import COMMON, sides
+from tests.lab_fixtures import corpus_of_pairs, open_lab, planted_pairs, save_run, tiny
 
 
-def sides():
-    """The lists of positive and of negative words, both those that build and those that measure."""
-    lists = probe("sentiment")
-    return [lists[side]["build"] + lists[side]["held_out"] for side in ("positive", "negative")]
-
-
-@functools.cache
 def pairs():
     """Words in fixed pairs: in the corpus the second always follows the first."""
-    used = {word for side in sides() for word in side} | set(COMMON)
-    plain = [word for word in words(400) if word not in used]
-    lists = [COMMON, plain, *sides()]
-    return [pair for part in lists for pair in zip(part[::2], part[1::2], strict=False)]
+    return plants.pairs(400)
 
 
 def sentiment_corpus(folder):

@@ -18,7 +18,7 @@ NOT_CODE = ("config", "out", "release", "shared", "venv")  # config/ is parsed, 
 FLOORS = (
     ("tests",),
     ("paper", "notebooks"),
-    ("bench", "examples", "experiments.report"),
+    ("bench", "examples", "experiments.report", "experiments.audit"),
     ("experiments.run_all",),
     ("train", "sample", "export", "explore", "experiments"),
     ("experiments.studies.runs", "explorer"),

@@ -94,9 +94,12 @@ def settings_of(ckpt, steps):
     return found | once | {"warmup_steps": round(warmup), "eval_sequences": VAL_WINDOWS, "keep": 1}
 
 
-def fingerprint(net, settings, counts):
-    """Eight digits that stand for the start `net`, the settings and the counts of a training."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+def fingerprint(ckpt, net, settings, counts):
+    """Eight digits that stand for the start `net`, the settings and the counts of a training.
+
+    They decide the order of the text, which is another one for the null model of a null model.
+    """
+    digest = hashlib.sha256(json.dumps([settings, ckpt.state.get("null")], sort_keys=True).encode())
     for name, weight in sorted(net.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().numpy().tobytes())
@@ -114,7 +117,7 @@ def shuffled_text(ckpt, start, counts, folder):
     if not steps:
         return None
     settings = settings_of(ckpt, steps)
-    name = f"shuffled-{fingerprint(start, settings, counts)}"
+    name = f"shuffled-{fingerprint(ckpt, start, settings, counts)}"
     places = [place / name / f"step_{steps:06d}" for place in (folder, user_cache() / "nulls")]
     if not any(place.is_dir() for place in places):
         place = places[0] if files.why_unwritable(folder) is None else places[1]
