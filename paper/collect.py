@@ -40,7 +40,7 @@ class CollectConfig:
     runs: str = ""  # folders of runs, separated by commas
     studies: str = ""  # folder of train_runs.py's runs, with the results of all studies
     minis: str = ""  # folder with results of studies of the main runs (their --out)
-    bench: str = ""  # bench.py's file
+    bench: str = ""  # bench.py's file; bf16 and fp32 are kept side by side
 
 
 def corpus(ckpt):
@@ -154,7 +154,9 @@ def main():
         shutil.copyfile(folder / "result.json", RESULTS / f"{place}.json")
         shutil.copyfile(folder / "rows.csv", RESULTS / f"{place}.csv")
     if c.bench:
-        shutil.copyfile(c.bench, RESULTS / "bench.json")
+        machine = json.loads(Path(c.bench).read_text(encoding="utf-8")).get("machine", {})
+        is_bf16 = machine.get("dtype") == "bfloat16"
+        shutil.copyfile(c.bench, RESULTS / ("bench-bf16.json" if is_bf16 else "bench.json"))
     write_atomically(path, json.dumps(runs, indent=1, sort_keys=True))
     print(f"{path}: {len(runs)} runs")
 

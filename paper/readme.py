@@ -7,7 +7,13 @@ from configurator import UserError
 from paper.reading import PAPER, SUBJECT, claims, judged, load, of_kind, supported
 
 README = PAPER.parent / "README.md"
-SHOWN_SPEED = ("train",)  # parts of bench.py in the README
+SHORT = ("peak: ", "train: factored", "train: dense", "train: llama")
+SHOWN_SPEED = {  # results of bench.py in the README: the rows of each
+    "bench-bf16": SHORT
+    + ("train: llama, as shipped", "train: gpt-2 block, as shipped", "train: gpt-2 block fp32, as shipped")
+    + ("bandwidth: ", "sample: cached 1", "sample: cached 16", "sample: llama 1"),
+    "bench": SHORT,
+}
 
 
 def number(e):
@@ -184,19 +190,25 @@ def results_block():
 
 
 def speed_block():
-    """The README's speed figures: rows that bench.py printed, as Markdown."""
-    found = load("bench")
-    c = found["config"]
-    name = c["config"].removeprefix("config/").removesuffix(".py")
-    lines = [
-        f"{name}, {c['batch_size']} x {c['length']} tokens;"
-        f" medians (lowest to highest) of {c['rounds']} interleaved rounds",
-        "",
-    ]
-    for part in SHOWN_SPEED:
-        lines.append(part)
-        lines += [f"  {line}" for line in bench.show(part, found[part])]
-    return "\n".join(["```", *lines, "```"])
+    """The README's speed figures: some of the rows that bench.py printed, as Markdown."""
+    lines = []
+    for name, rows in SHOWN_SPEED.items():
+        found = load(name)
+        c = found["config"]
+        model = c["config"].removeprefix("config/").removesuffix(".py")
+        machine = found.get("machine")
+        lines += [
+            bench.describe(machine) if machine else "float32, no bf16 instructions",
+            f"{model}, {c['batch_size']} x {c['length']} tokens; medians (lowest to highest) of"
+            f" {c['rounds']} interleaved rounds",
+        ]
+        for part in ("train", "sample"):
+            shown = {row: numbers for row, numbers in found[part].items() if row in rows}
+            if shown:
+                lines.append(part)
+                lines += [f"  {line}" for line in bench.show(part, shown)]
+        lines.append("")
+    return "\n".join(["```", *lines[:-1], "```"])
 
 
 def readme():
