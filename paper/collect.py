@@ -3,6 +3,7 @@ Gather what the paper is made of into paper/results, which is committed: enough 
 
     python paper/collect.py --runs=out/reflow-mini,out/gpt2-new-mini,out/reflow-nano,out/gpt2-new-nano
     python paper/collect.py --studies=out/studies --minis=out/minis --bench=out/bench.json
+    python paper/collect.py --released=release/reflow-mini      results of the rounded weights of a run
 
 Of a run it takes the configuration, the losses and the curve (runs.json), and the results of its experiments.
 What is not named stays as it is. Nothing is written unless every result, new or kept, belongs to the weights
@@ -41,6 +42,7 @@ class CollectConfig:
     studies: str = ""  # folder of train_runs.py's runs, with the results of all studies
     minis: str = ""  # folder with results of studies of the main runs (their --out)
     bench: str = ""  # bench.py's file; bf16 and fp32 are kept side by side
+    released: str = ""  # folder of a release of a run that runs.json describes
 
 
 def corpus(ckpt):
@@ -82,10 +84,20 @@ def describe(ckpt):
     }
 
 
+def describe_release(ckpt, runs):
+    """The entry of a run with the hash of its released weights. Raises UserError if they are of another."""
+    known = runs.get(ckpt.name, {})
+    own = asdict(run_identity(ckpt)) | {"whole_val_loss": ckpt.state["whole_val_loss"]}
+    if any(known.get(key) != value for key, value in own.items()):
+        raise UserError(f"{ckpt.path} is no release of a run in runs.json: name the run in --runs first")
+    return known | {"released_sha256": file_sha256(ckpt.weights)}
+
+
 def check(result, origin, runs):
     """Raise UserError unless the Result in the file `origin` was made from the runs of runs.json."""
     for name, weights in result.made_from.items():
-        if name in runs and runs[name]["weights_sha256"] != weights:
+        run = runs.get(name)
+        if run and weights not in (run["weights_sha256"], run.get("released_sha256")):
             raise UserError(
                 f"{origin} was made from another {name}: run that experiment again and name it here"
             )
@@ -119,9 +131,12 @@ def all_studies(folder):
 def gather(c, runs):
     """{place in paper/results, without an ending: folder of a result}. Adds the runs to `runs`."""
     places = {}
-    for name in filter(None, c.runs.split(",")):
+    named = [(name, False) for name in c.runs.split(",")] + [(c.released, True)]
+    for name, is_release in named:
+        if not name:
+            continue
         ckpt = checkpoint.open_run(name)
-        runs[ckpt.name] = describe(ckpt)
+        runs[ckpt.name] = describe_release(ckpt, runs) if is_release else describe(ckpt)
         found = results_in(ckpt.results, NAMES)
         places |= {f"{ckpt.name}/{experiment}": folder for experiment, folder in found.items()}
         print(f"{ckpt.name}: step {ckpt.step}, {len(found)} experiments")

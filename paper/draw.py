@@ -48,7 +48,9 @@ def draw_rivals(run):
         ax.set_yticks(range(len(shown), 0, -1), labels, fontsize=7)
         ax.set_xlabel("worse  ←  half ranges of the rotations (logarithmic beyond 3)  →  better")
         ax.axvline(1, color="#999999", lw=0.8, ls=":")
-        handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in MARKS.items()]
+        named = {"native"}.union(*(claim.controls for claim in shown))
+        marks = {name: mark for name, mark in MARKS.items() if name in named}
+        handles = [ax.scatter([], [], 30, COLOURS[n], marker=m, label=n) for n, m in marks.items()]
         handles += ax.plot([], [], color=COLOURS["gauges"], lw=7, alpha=0.45, label="random rotations")
         ax.legend(handles=handles, ncols=6, loc="lower center", bbox_to_anchor=(0.2, 1), fontsize=7)
 
@@ -99,6 +101,8 @@ def draw_layers(run):
 
     def plot(ax, experiment, dash="o-", label=None, **where):
         found = rows(run, experiment, **where)
+        if not found:  # no plain model stood beside the run
+            return
         x = [row["layer"] for row in found]
         y = [row["value"] for row in found]
         ax.plot(x, y, dash, ms=3, color=COLOURS[where["model"]], label=label)
@@ -131,6 +135,8 @@ def draw_tilt(ax, run):
     colours = COLOURS | {"diffmean": COLOURS["ica"]}
     for dictionary, label in labels.items():
         found = rows(run, "emotion_surgery", dictionary=dictionary, metric="tilt, nats")
+        if not found:  # no plain model stood beside the run
+            continue
         points = sorted([(row["strength"], row["value"]) for row in found] + [(0, 0)])
         x, y = zip(*points, strict=True)
         ax.plot(x, y, "o-", ms=3, color=colours[dictionary], label=label)
@@ -143,6 +149,8 @@ def draw_forced(ax, run):
     layer = result(run, "concept_inception").numbers["layer"]
     for model in ("reflow", "baseline", "step 0"):
         found = rows(run, "concept_inception", model=model, layer=layer, metric="alpha*")
+        if not found:  # no plain model stood beside the run
+            continue
         alpha = np.sort([row["value"] for row in found])  # infinite where no dose forces the token
         forced = alpha[np.isfinite(alpha)]
         x = np.append(forced, 64)  # the largest dose

@@ -49,6 +49,19 @@ def claims(run):
     return {(claim.experiment, claim.key): claim for claim in found}
 
 
+def of_older_rules(run):
+    """Whether the results of a run are from before an effect had to beat three null models, not only step 0.
+
+    Verdicts under different rules are not compared.
+    """
+    return any("step 0" in claim.controls and "noise" not in claim.controls for claim in claims(run).values())
+
+
+def has_plain(run):
+    """Whether a plain GPT stood beside the run in its experiments, as a control and a rival."""
+    return any("baseline" in claim.controls for claim in claims(run).values())
+
+
 def judged(found):
     """Those of these claims that have a verdict.
 

@@ -4,7 +4,18 @@ import textwrap
 
 import bench
 from configurator import UserError
-from paper.reading import PAPER, SUBJECT, claims, judged, load, of_kind, supported
+from paper.reading import (
+    PAPER,
+    SUBJECT,
+    claims,
+    has_plain,
+    judged,
+    load,
+    of_kind,
+    of_older_rules,
+    result,
+    supported,
+)
 
 README = PAPER.parent / "README.md"
 SHORT = ("peak: ", "train: factored", "train: dense", "train: llama")
@@ -48,24 +59,31 @@ def finding(run):
     beats = [claim for claim in signals if claim.beats_gauges]
     beaten = [claim for claim in beats if claim.verdict != "supported"]
     lost = [claim for claim in signals if claim.verdict == "not supported"]
+    rivals = (
+        "PCA, ICA, the embedding itself or a plain GPT"
+        if has_plain(run)
+        else "PCA, ICA or the embedding itself"
+    )
     main = (
         f"The learned signals are better than every alternative in {len(special)} of {len(signals)}"
         " comparisons (signals claims)."
     )
     if lost:
         main += (
-            f" In {len(lost)}, random rotations of the signals, PCA, ICA, the embedding itself or a plain GPT"
-            " do as well within the uncertainty, or better."
+            f" In {len(lost)}, random rotations of the signals, {rivals} do as well within the uncertainty,"
+            " or better."
         )
+    nulls = result(run, "ablate_signal").numbers.get("nulls", {})
     sentences = [
         f"**{main}**",
         f"Of {len(effects)} effect claims (the model does something at all), {len(supported(effects))} are"
-        " supported: they beat the untrained model, shuffled recipes and the other chance controls.",
+        " supported: they beat every chance control, among them three null models: one untrained, one moved"
+        " by noise, and one trained on tokens in random order.",
+        *(f"The last of these is {text}." for name, text in nulls.items() if name == "shuffled text"),
         f"The learned signals beat their random rotations in {len(beats)} of the {len(signals)} signals"
         " claims.",
     ]
     if beaten:
-        rivals = "PCA, ICA, the embedding itself or the plain GPT"
         sentences.append(f"In {len(beaten)} of these {len(beats)}, they do not clearly beat {rivals}.")
     if n_described:
         sentences.append(
@@ -150,6 +168,36 @@ def about_hard():
     return paragraph(*sentences)
 
 
+def about_others(run):
+    """The runs beside it, as paragraphs of Markdown. Those of older rules are named, not compared."""
+    told = {
+        SUBJECT["coordinates"]: lambda: about_plain(run),
+        SUBJECT["second"]: lambda: about_second(run),
+        SUBJECT["runs"]["topk"]: about_hard,
+    }
+    parts = [tell() for name, tell in told.items() if not of_older_rules(name)]
+    older = [f"`{name}`" for name in told if of_older_rules(name)]
+    if older:
+        parts.append(
+            paragraph(
+                f"The results of {', '.join(older)} are of older rules of claims.",
+                "Their weights were not kept, so they have to be trained anew first.",
+                "No comparison with them is counted here.",
+            )
+        )
+    if not has_plain(run):
+        special = supported(of_kind("signals", claims(run).values()))
+        parts.append(
+            paragraph(
+                f"No plain GPT stands beside `{run}` in these results: the weights of"
+                f" `{SUBJECT['runs']['dense']}` were not kept either.",
+                "A further rival can only take support from a signals claim"
+                + ("." if special else ", and none is supported."),
+            )
+        )
+    return parts
+
+
 def table(found):
     """The claims with a published counterpart, as Markdown."""
     lines = [
@@ -170,16 +218,14 @@ def results_block():
     parts = [
         finding(run),
         about_model(run),
-        about_plain(run),
-        about_second(run),
-        about_hard(),
+        *about_others(run),
         "These claims have a published counterpart. The published models are far larger than this one:",
         table(claims(run).values()),
         paragraph(
             "The figure shows all signals claims on one scale. The band is the range of random rotations,"
             " the diamond is the learned signals."
         ),
-        "![Each signals claim: learned signals against random rotations, PCA, ICA, E and the plain GPT]"
+        "![Each signals claim: learned signals against random rotations and rival dictionaries]"
         "(paper/figures/rivals.svg)",
     ]
     return "\n\n".join(parts)

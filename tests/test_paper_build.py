@@ -62,8 +62,8 @@ def test_a_claim_without_its_key_stops_the_paper(tmp_path, monkeypatch):
     results = copy_results(tmp_path, monkeypatch)
     typst = pytest.importorskip("typst")
     path = results / reading.SUBJECT["second"] / "ablate_signal.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"concentrated"', '"dense"'), encoding="utf-8")
-    with pytest.raises(typst.TypstError, match="ablate_signal of .* has no claim concentrated"):
+    path.write_text(path.read_text(encoding="utf-8").replace('"generalizes"', '"general"'), encoding="utf-8")
+    with pytest.raises(typst.TypstError, match="ablate_signal of .* has no claim generalizes"):
         typst.compile(tmp_path / "paper" / "paper.typ", root=tmp_path)
 
 

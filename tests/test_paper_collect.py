@@ -86,6 +86,34 @@ def test_a_named_checkpoint_brings_its_own_results(tmp_path, monkeypatch):
         assert kept.with_suffix(".csv").read_text().strip().endswith(f",{len(given.name)}")
 
 
+def test_results_of_a_release_belong_to_its_run(tmp_path, monkeypatch):
+    """--released takes results of rounded weights of a run that runs.json has, and of no other run."""
+    data = corpus(tmp_path / "data", repeats=1)
+    run = save_run(tmp_path / "run", tiny(), data)
+    step = checkpoint.find(run)
+    change_state(step, data_sha256=Dataset(data, "val", 1).data_sha256)
+    release = tmp_path / "released" / "run"
+    shutil.copytree(run, release)
+    rounded = {name: tensor.half().float() for name, tensor in tiny().state_dict().items()}
+    save_file(rounded, checkpoint.find(release) / "model.safetensors")
+    change_state(checkpoint.find(release), sha256={})
+    Report(open_lab(release), "ablate_signal", {}).save()
+    results = tmp_path / "results"
+    with pytest.raises(collect.UserError, match="is no release of a run in runs.json"):
+        collected(monkeypatch, results, f"--released={release}")
+    collected(monkeypatch, results, f"--runs={run}")
+    collected(monkeypatch, results, f"--released={release}")
+    entry = json.loads((results / "runs.json").read_text())["run"]
+    kept = read_result(results / "run" / "ablate_signal.json")
+    assert list(kept.made_from.values()) == [entry["released_sha256"]] != [entry["weights_sha256"]]
+
+    change_state(checkpoint.find(release), whole_val_loss=0.5)
+    before = files(results)
+    with pytest.raises(collect.UserError, match="is no release of a run in runs.json"):
+        collected(monkeypatch, results, f"--released={release}")
+    assert before == files(results)
+
+
 def test_a_run_whose_data_is_not_here_is_not_collected(tmp_path, monkeypatch):
     """Sources and tokens are those of the data it was trained on; without it nothing is written."""
     run = save_run(tmp_path / "run", tiny(), corpus(tmp_path / "data", repeats=1))  # of another hash

@@ -10,6 +10,7 @@ import checkpoint
 from data.datasets import COUNTS
 from data.tokenizer import encoding
 from experiments.lab.results import read_result
+from files import file_sha256
 from paper import reading
 from tests.paper_fixtures import PAPER, RUN, committed_runs
 
@@ -38,7 +39,9 @@ def test_a_result_belongs_to_the_run_it_names(path):
         for key in ("config_sha256", "data_sha256", "step"):
             assert getattr(identity, key) == known[key], f"{path}: another {identity.name}: {key}"
     for name, weights in result.made_from.items():
-        assert committed_runs()[name]["weights_sha256"] == weights, f"{path} was made from another {name}"
+        known = committed_runs()[name]
+        of_run = (known["weights_sha256"], known.get("released_sha256"))
+        assert weights in of_run, f"{path} was made from another {name}"
 
 
 def test_the_released_model_is_the_run_of_the_paper():
@@ -48,6 +51,7 @@ def test_the_released_model_is_the_run_of_the_paper():
     model, state = checkpoint.load_model(checkpoint.find(folder))
     run = committed_runs()["reflow-mini"]
     assert (sha256(state["config"]), state["step"]) == (run["config_sha256"], run["step"])
+    assert file_sha256(folder / "model.safetensors") == run["released_sha256"]
     assert checkpoint.load_tensors(folder / COUNTS)["counts"].sum() == run["tokens"]
     tokens = encoding().encode_ordinary("The President of the United States is elected by the people of the")
     with torch.no_grad():
