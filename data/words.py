@@ -16,16 +16,6 @@ SHOWN_COUNT = 100  # sightings from which a table for the eye lists a token; rar
 FEWEST_SHOWN = 1000  # tokens that such a table chooses from at least, if so many are known
 
 
-def token_text(token):
-    """A token of GPT-2 as text for a table or a figure."""
-    return gpt2().token_text(token)
-
-
-def token_id(word, n_tokens):
-    """The id of " word", or of `word` as it is, below n_tokens, in GPT-2's tokens. Raises UserError."""
-    return gpt2().token_id(word, n_tokens)
-
-
 def sightings(n):
     """How often a token was seen, in words."""
     return {0: "never seen", 1: "seen once"}.get(int(n), f"seen {int(n):,} times")
@@ -34,11 +24,12 @@ def sightings(n):
 class Words:
     """The tokens of a run by how often its training text holds them, `counts` (n_tokens,).
 
-    `tokenizer` is the run's Tokenizer, None: GPT-2's.
+    `tokenizer` is the run's Tokenizer, None: GPT-2's. `where`: what text was counted, in words.
     """
 
-    def __init__(self, counts, tokenizer=None):
+    def __init__(self, counts, tokenizer=None, where="training"):
         self.counts = counts
+        self.where = where
         self.tokenizer = tokenizer or gpt2()
 
     def text(self, token):

@@ -75,17 +75,17 @@ def write_llama(ckpt, to, dtype="fp32"):
     """Write the Checkpoint `ckpt` to the folder `to`, its weights in `dtype`. Raises UserError."""
     net = ckpt.load_model(verified=True)
     tokenizer = kept(ckpt.path, ckpt.state)
-    end = tokenizer.end_of_text
+    ends = tokenizer.end_of_text, ckpt.state.get("end_of_turn", tokenizer.end_of_text)
     with checkpoint.whole_folder(to) as folder:
-        write_json(folder / "config.json", llama_config(net.config, DTYPES[dtype], end))
-        write_json(folder / "generation_config.json", generation_config(net.config, end))
+        write_json(folder / "config.json", llama_config(net.config, DTYPES[dtype], *ends))
+        write_json(folder / "generation_config.json", generation_config(net.config, *ends))
         save_file(llama_weights(net, DTYPES[dtype]), folder / "model.safetensors", {"format": "pt"})
         if net.config.vocab != "dense":
             save_file(signal_weights(net), folder / "reflow.safetensors", {"format": "pt"})
         hashes = checkpoint.fingerprints(folder)["sha256"]
         lines = [f"{sha}  {name}\n" for name, sha in hashes.items()]
         (folder / HASHES).write_text("".join(lines), encoding="utf-8")
-        write_tokenizer(folder, net.config.block_size, tokenizer, ckpt.state.get("chat_template"))
+        write_tokenizer(folder, net.config.block_size, tokenizer, ends, ckpt.state.get("chat_template"))
         (folder / "README.md").write_text(model_card(ckpt, net, to, "llama", dtype), encoding="utf-8")
 
 
@@ -93,8 +93,8 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def llama_config(c, dtype, end):
-    """config.json of LlamaForCausalLM for a ModelConfig; the token `end` closes a document.
+def llama_config(c, dtype, bos=END_OF_TEXT, eos=END_OF_TEXT):
+    """config.json of LlamaForCausalLM for a ModelConfig; documents begin after `bos`, texts end with `eos`.
 
     `reflow` in it is ours, other tools ignore it.
     """
@@ -116,19 +116,19 @@ def llama_config(c, dtype, end):
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
         "dtype": str(dtype).removeprefix("torch."),
         "reflow": asdict(c),
     }
 
 
-def generation_config(c, end):
-    """generation_config.json for a ModelConfig; the token `end` closes a document.
+def generation_config(c, bos, eos):
+    """generation_config.json for a ModelConfig; documents begin after `bos`, texts end with `eos`.
 
     Padding rows of the vocabulary are never sampled.
     """
-    settings = {f"{role}_token_id": end for role in ("bos", "eos", "pad")}
+    settings = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": bos}
     if c.vocab_size > c.n_tokens:
         settings["suppress_tokens"] = list(range(c.n_tokens, c.vocab_size))
     return settings
@@ -161,8 +161,11 @@ def signal_weights(net):
     return weights
 
 
-def write_tokenizer(folder, block_size, tokenizer, template=None):
-    """A Tokenizer in Hugging Face's formats; GPT-2's in those of old, too. `template`: of a chat."""
+def write_tokenizer(folder, block_size, tokenizer, ends, template=None):
+    """A Tokenizer in Hugging Face's formats; GPT-2's in those of old, too.
+
+    `ends`: ids of the tokens before a document and at the end of a text. `template`: of a chat.
+    """
     v = tokenizer.vocabulary
     write_json(folder / "tokenizer.json", v.as_json())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
@@ -171,8 +174,8 @@ def write_tokenizer(folder, block_size, tokenizer, template=None):
         write_json(folder / "vocab.json", {token: i for i, token in enumerate(v.tokens)})
         merges = "\n".join(" ".join(merge) for merge in v.merges)
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    end = v.tokens[tokenizer.end_of_text]
-    settings |= {f"{role}_token": end for role in ("bos", "eos", "unk", "pad")}
+    bos, eos = (v.tokens[i] for i in ends)
+    settings |= {"bos_token": bos, "eos_token": eos, "unk_token": bos, "pad_token": bos}
     settings |= {"add_prefix_space": False, "add_bos_token": False, "clean_up_tokenization_spaces": False}
     if template:
         settings["chat_template"] = template

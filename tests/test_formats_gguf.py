@@ -12,6 +12,7 @@ import torch
 import checkpoint
 import hooks
 from configurator import UserError
+from data.datasets import run_words
 from data.gguf import read_header
 from data.tokenizer import kept, load
 from formats import gguf as ours
@@ -269,3 +270,13 @@ def test_llama_cpp_steers_by_our_control_vector(tokenizer, corpus, tmp_path):
         steered = logits(model, torch.tensor([ids]))[0, :, : tokenizer.n_tokens]
     plain = logits(model, torch.tensor([ids]))[0, :, : tokenizer.n_tokens]
     assert (found - steered).abs().max() < 2e-2 < 0.1 < (found - plain).abs().max()
+
+
+def test_an_imported_run_says_where_its_tokens_were_counted(tokenizer, corpus, tmp_path):
+    _, run = run_of("dense", tokenizer, tmp_path / "run")
+    go(f"--run={run}", "--form=gguf", f"--to={tmp_path / 'm.gguf'}")
+    go(f"--from={tmp_path / 'm.gguf'}", f"--to={tmp_path / 'back'}", f"--dataset={corpus}")
+    ckpt = checkpoint.open_run(tmp_path / "back")
+    words = run_words(ckpt.path, ckpt.state)
+    assert words.where == "the text corpus" and len(words.counts) == tokenizer.n_tokens
+    assert words.known("of") is None and tokenizer.decode([words.by_count[0]]) in "Thepolfnitdas "

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from data.words import token_text
 from experiments import signal_codebook
 from experiments.lab.probes import categories, probe
 from experiments.lab.results import read_result
@@ -147,7 +146,7 @@ def test_lists_show_no_token_that_training_hardly_saw(tmp_path, data):
     with torch.no_grad():
         lab.model.dictionary.codes[unseen] += 100 * torch.randn(len(unseen), 1).sign()
     book = signal_codebook.Codebook(lab.model.dictionary, lab.words, [], None, None, {})
-    known = {token_text(token).strip() for token in lab.words.known_tokens()}
+    known = {lab.words.text(token).strip() for token in lab.words.known_tokens()}
     for s in range(32):
         for text in book.ends(s).values():
             assert len(text.split()) == 8 and known.issuperset(text.split())

@@ -11,7 +11,6 @@ import checkpoint
 from configurator import UserError
 from data.shards import Writer
 from data.tokenizer import END_OF_TEXT, encode
-from data.words import token_text
 from experiments import concept_inception, crystallization, emotion_surgery, sparsity_profile, template
 from experiments.lab import Lab, LabConfig, Report
 from experiments.lab.claims import TooFew
@@ -140,7 +139,7 @@ def test_what_was_decided_before_stays(labs):
 def test_probes_of_ones_own(labs, tmp_path):
     """Numbers in two classes on the corpus of numbers: measured, and another result than with ours."""
     lab = labs["digits"]
-    known = [token_text(token).strip() for token in lab.words.known_tokens()]
+    known = [lab.words.text(token).strip() for token in lab.words.known_tokens()]
     numbers = [text for text in known if lab.words.known(text)][:40]
     lists = {"even": {"words": numbers[::2]}, "odd": {"words": numbers[1::2]}}
     (tmp_path / "categories.json").write_text(json.dumps(lists))

@@ -1,5 +1,7 @@
 """A run with a tokenizer of its own: trained, sampled, released, exported; never mixed with another."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from configurator import UserError
 from data.datasets import run_words, text_folder
 from data.shards import Dataset
 from data.tokenizer import kept, load
+from experiments.lab import nulls
 from tests.formats_fixtures import go, logits, write_corpus
 from tests.test_tokenizer import kept_file, small
 
@@ -116,3 +119,33 @@ def test_padding_and_control_tokens(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sample.py", *arguments])
     sample.main()
     assert "people" in capsys.readouterr().out
+
+
+def test_its_null_model_has_its_tokenizer(run, tmp_path):
+    """Trained on its own tokens in random order, by train.py."""
+    folder, tokenizer = run
+    ckpt = checkpoint.open_run(folder)
+    start = checkpoint.load_model(folder / "step_000000")[0]
+    counts = run_words(ckpt.path, ckpt.state).counts
+    null = nulls.shuffled_text(ckpt, start, counts, tmp_path / "nulls")
+    assert kept(null.path, null.state).sha256 == tokenizer.sha256
+    assert null.load_model().config.n_tokens == tokenizer.n_tokens
+
+
+def test_a_chat_template_goes_along(run, tmp_path):
+    """To GGUF and to Hugging Face, and back from both."""
+    folder, tokenizer = run
+    shutil.copytree(folder, tmp_path / "run")
+    path = checkpoint.find(tmp_path / "run") / "state.json"
+    chat = {"chat_template": "{{ messages[0].content }}", "end_of_turn": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | chat))
+    go(f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}")
+    go(f"--run={tmp_path / 'run'}", "--form=gguf", f"--to={tmp_path / 'm.gguf'}")
+    for source in ("hf", "m.gguf"):
+        go(
+            f"--from={tmp_path / source}",
+            f"--to={tmp_path / source}-back",
+            f"--dataset={folder.parent / 'text'}",
+        )
+        state = checkpoint.open_run(tmp_path / f"{source}-back").state
+        assert {key: state[key] for key in chat} == chat

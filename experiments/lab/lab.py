@@ -360,7 +360,7 @@ class Lab:
         words = run_words(self.checkpoint.path, self.checkpoint.state)
         known = len(words.known_tokens())
         if known < LEAST_UNITS:
-            raise TooFew(f"only {known} tokens were seen {LEAST_COUNT} times in training")
+            raise TooFew(f"only {known} tokens were seen {LEAST_COUNT} times in {words.where}")
         return words
 
     @functools.cached_property

@@ -30,6 +30,7 @@ import files
 from checkpoint import Checkpoint
 from configurator import UserError
 from data.shards import Writer, user_cache
+from data.tokenizer import kept
 from hardware import flops_per_token
 from model import ModelConfig
 
@@ -71,10 +72,10 @@ def steps_of(ckpt):
     """(steps of training on shuffled text for a Checkpoint, ""), or (0, why there are none)."""
     config, train = ModelConfig(**ckpt.model_config), ckpt.train_config
     per_step = train.get("batch_size", 0) * config.block_size  # tokens
-    if not ckpt.step:
-        return 0, "the run is untrained"
     if not per_step or "lr" not in train:
         return 0, "how the run was trained is not known"
+    if not ckpt.step:
+        return 0, "the run is untrained"
     steps = min(ckpt.step, int(BUDGET / (per_step * flops_per_token(config, config.block_size))))
     if steps < min(ckpt.step, LEAST_STEPS):
         return 0, f"{LEAST_STEPS} steps of this model need more than {BUDGET:.0e} floating-point operations"
@@ -142,14 +143,15 @@ def train(folder, ckpt, start, settings, counts):
     config = {"model": ckpt.model_config, "train": ckpt.train_config | settings | {"init_from": None}}
     state = {"config": config, "val_loss": None}
     state |= {"data_sha256": ckpt.state.get("data_sha256"), "null": "shuffled text"}
+    tokenizer = kept(ckpt.path, ckpt.state)
+    state |= tokenizer.entry
     try:
-        writer = Writer(
-            work / "text", "tokens of a run in random order", "that of the run", {}, len(text) + 1
-        )
+        about = ("tokens of a run in random order", "that of the run", {})
+        writer = Writer(work / "text", *about, len(text) + 1, tokenizer)
         for split, tokens in (("train", text), ("val", rng.choice(text, VAL_WINDOWS * block))):
             writer.add(split, 0, tokens, len(tokens))
         writer.finish()
-        checkpoint.save(work / "start", 0, plain(start), {}, state, keep=1, best=True)
+        checkpoint.save(work / "start", 0, plain(start), {}, state, 1, True, tokenizer.files)
         options = settings | {
             "init_from": work / "start",
             "dataset": (work / "text").resolve(),
@@ -162,8 +164,8 @@ def train(folder, ckpt, start, settings, counts):
             raise UserError(f"training the null model of shuffled text ended with status {status}: see above")
         net, trained = checkpoint.load_model(work / "run" / f"step_{steps:06d}")
         loss = {key: trained[key] for key in ("val_loss", "whole_val_loss", "bits_per_byte")}
-        checkpoint.save(folder, 0, plain(start), {}, state, keep=1, best=False)
-        checkpoint.save(folder, steps, plain(net), {}, state | loss, keep=1, best=True)
+        checkpoint.save(folder, 0, plain(start), {}, state, 1, False, tokenizer.files)
+        checkpoint.save(folder, steps, plain(net), {}, state | loss, 1, True, tokenizer.files)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -169,6 +169,11 @@ class Report:
 
     def result(self):
         """All of it as a Result."""
+        words = vars(self.lab).get("words")  # if they were asked for
+        if words is not None and words.where != "training":
+            self.notes.append(
+                f"Nobody here knows the model's training text: tokens are counted in {words.where}."
+            )
         return Result(
             experiment=self.experiment,
             seconds=round(time.perf_counter() - self._start, 2),
