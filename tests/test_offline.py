@@ -395,7 +395,7 @@ def test_killed_run_goes_on_to_identical_bytes(corpus, monkeypatch, killed_in):
     if killed_in == "extraction":
         owner, name, lives = offline, "replace_file", 1
     elif killed_in == "tokenizer":
-        owner, name, lives = offline, "encode", 50
+        owner, name, lives = tokenizer.Tokenizer, "encode", 50
     else:
         owner, name, lives = offline.Writer, "add", 40
     real, calls = getattr(owner, name), iter(range(lives))

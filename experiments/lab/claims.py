@@ -169,12 +169,14 @@ def gauge(scores, unit, groups=None):
     means = np.asarray(scores.gauges, float).mean(1)  # (K,)
     drawn = over_gauges(means)
     measured = estimate(scores.native, groups)
+    n = len(scores.native) if groups is None else len(np.unique(groups))
+    spread = f"{PLURAL[scores.gauge]} from {drawn.low:.4g} to {drawn.high:.4g}"
     return {
         "kind": "gauge",
-        "verdict": "description",
-        "reason": f"{measured.value:.4g}; {PLURAL[scores.gauge]} from {drawn.low:.4g} to {drawn.high:.4g}",
+        "verdict": "inconclusive" if n < LEAST_UNITS else "description",
+        "reason": f"only {n} {unit}" if n < LEAST_UNITS else f"{measured.value:.4g}; {spread}",
         "unit": unit,
-        "n": len(scores.native) if groups is None else len(np.unique(groups)),
+        "n": n,
         "measured": measured,
         "controls": {name: estimate(values, groups) for name, values in scores.rivals.items()},
         "gauge": scores.gauge,
