@@ -56,7 +56,8 @@ CLAIMS = {
     "early_injection": "another token's direction changes the outcome more in the first third of the layers "
     "than in the last, than a random direction does, and than in null models",
     "earlier": "half of the decision reaches the last token at an earlier layer than in the other models",
-    "long_context": "half of the decision reaches the last token later after a long context than after none",
+    "long_context": "half of the decision reaches the last token later after a long context than after none, "
+    "and by more layers than in null models",
 }
 PUBLISHED = "injection effective in layers 0 to 12, inert beyond 18 (of 36; 515M, OpenWebText)"
 PUBLISHED_LONG = "the boundary moved from about layer 18 to 28 (of 36; 515M, OpenWebText)"
@@ -177,7 +178,10 @@ def run(lab: Lab, config=None) -> Report:
     points = {name: recovery.points for (name, length), recovery in found.items() if length == "short"}
     points = Scores({"native": points.pop("reflow"), **points})
     report.effect("earlier", points, "pairs", lower=True)
-    contexts = Scores({"native": found["reflow", "long"].points, "short": short.points[::3]})
+    later = {name: found[name, "long"].points - found[name, "short"].points[::3] for name in lab.models}
+    contexts = Scores({"native": later["reflow"], "no difference": np.zeros(len(later["reflow"]))})
+    for name in lab.nulls:
+        contexts[name] = later[name]
     report.effect("long_context", contexts, "pairs", published=PUBLISHED_LONG)
 
     right = {name: np.mean(found[name, "short"].whole > 0) for name in lab.models}

@@ -100,7 +100,8 @@ def fingerprint(ckpt, net, settings, counts):
 
     They decide the order of the text, which is another one for the null model of a null model.
     """
-    digest = hashlib.sha256(json.dumps([settings, ckpt.state.get("null")], sort_keys=True).encode())
+    null = {"null": ckpt.state["null"]} if "null" in ckpt.state else {}
+    digest = hashlib.sha256(json.dumps(settings | null, sort_keys=True).encode())
     for name, weight in sorted(net.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().numpy().tobytes())
