@@ -222,15 +222,6 @@ def sparse(start, seed):
     return write(quiet(start), recipes, start.vocab.basis.data + push)
 
 
-def cheap_to_cut(start, seed):
-    """Words of the text have one large entry, at signal 0, and weak noise: the model expects them."""
-    recipes = 0.15 * gaussian(seed, *start.vocab.recipe.shape)
-    signal = torch.arange(len(recipes)) % (start.config.signals - 1) + 1
-    signal[[token(word) for pair in pairs() for word in pair]] = 0
-    recipes[torch.arange(len(recipes)), signal] += 3.0
-    return write(quiet(start), recipes)
-
-
 def driven(start, seed):
     """The largest signal of a stream alone decides what comes next: a token that no text holds."""
     signals = torch.eye(start.config.signals)
