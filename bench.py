@@ -227,10 +227,9 @@ def llama(m):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data.tokenizer import END_OF_TEXT
     from formats.llama import llama_config
 
-    return LlamaForCausalLM(LlamaConfig(**llama_config(m, torch.float32, END_OF_TEXT), use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(**llama_config(m, torch.float32), use_cache=False))
 
 
 def products(m, tokens, chunk):

@@ -209,13 +209,13 @@ def packed(weights, rows):
     """While open, `linear` reads those of the weights that are bf16 on a CPU in oneDNN's own layout.
 
     oneDNN rearranges a plain matrix in every product: for `rows` rows that takes two to three times as long
-    as the product itself (LOG.md). The operators are those that torch.compile emits.
+    as the product itself (LOG.md). The operators are those that torch.compile emits. A single row needs none.
     """
     done = []
     try:
         for weight in weights:
             fits = weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-            if fits and not hasattr(weight, "packed"):
+            if rows > 1 and fits and not hasattr(weight, "packed"):
                 with suppress(
                     AttributeError, RuntimeError
                 ):  # a torch without oneDNN, or without this operator
@@ -607,7 +607,7 @@ class ReFlow(nn.Module):
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
         recipes = self.vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
-        with packed([*self.blocks.parameters(), recipes] if len(rows) > 1 else [], len(rows)):
+        with packed([*self.blocks.parameters(), recipes], len(rows)):
             for _ in range(max_new_tokens):
                 fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
                 if use_cache and fresh == starts:

@@ -19,6 +19,7 @@ same model, so attributions and neighbours have a control beside them. A table i
 claim; claims are in experiments/.
 """
 
+import re
 import sys
 import textwrap
 from contextlib import ExitStack
@@ -168,6 +169,12 @@ class Streams(dict):
 
     def __repr__(self):
         return "\n".join(f"{name:22} {tuple(stream.shape)}" for name, stream in self.items())
+
+
+def signal_or_word(text):
+    """The number of a signal that is written as s17; any other text is a word."""
+    found = re.fullmatch(r"s(\d+)", text)
+    return int(found[1]) if found else text
 
 
 def direction(net, name, tokenizer):

@@ -38,7 +38,6 @@ from data.words import SHOWN_COUNT, sightings
 from hardware import pick_device, pick_dtype, pick_threads
 
 ITEM = re.compile(r"([+-])(\S+?):(\d+(?:\.\d*)?|\.\d+)@(\d+)(?:-(\d+))?")  # of --steer
-SIGNAL = re.compile(r"s\d+")
 
 
 @dataclass
@@ -112,7 +111,7 @@ def read_steering(text, model, tokenizer):
         if not layers or layers[-1] > last:
             raise UserError(f"{where}: layers go up from 0 to {last}, the final norm")
         try:
-            direction = reflow.direction(model, int(name[1:]) if SIGNAL.fullmatch(name) else name, tokenizer)
+            direction = reflow.direction(model, reflow.signal_or_word(name), tokenizer)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if float(strength) > 1000:
@@ -121,19 +120,18 @@ def read_steering(text, model, tokenizer):
     return found
 
 
-def steered(model, text, tokenizer):
-    """A context in which the model is steered by --steer."""
+def steered(model, steering):
+    """A context in which the model is steered by what --steer means, see `read_steering`."""
     stack = ExitStack()
-    if text is not None:
-        for direction, strength, layers in read_steering(text, model, tokenizer):
-            stack.enter_context(hooks.steer(model, direction, strength, layers))
+    for direction, strength, layers in steering:
+        stack.enter_context(hooks.steer(model, direction, strength, layers))
     return stack
 
 
 def note_rare_words(text, path, state):
     """Say which words of --steer were rare in training, if the text of a checkpoint's run is here."""
     named = [ITEM.fullmatch(item.strip())[2] for item in text.split(",")]
-    named = [name for name in named if not SIGNAL.fullmatch(name)]
+    named = [name for name in named if isinstance(reflow.signal_or_word(name), str)]
     if named and ((path / COUNTS).exists() or dataset_of(state) is not None):
         words = run_words(path, state)
         for name in named:
@@ -188,15 +186,16 @@ def main():
         print(f"prompt of {len(prompt)} tokens: only the last {model.config.block_size} fit", file=sys.stderr)
         prompt = prompt[-model.config.block_size :]
 
+    steering = []
     if c.steer is not None:
-        read_steering(c.steer, model, tokenizer)  # a mistake is an error now
+        steering = read_steering(c.steer, model, tokenizer)  # a mistake is an error now
         note_rare_words(c.steer, step, state)
     n, start = 0, time.perf_counter()
     if c.compare:
         print("== without --steer")
         n += write_samples(model, tokenizer, prompt, shown, stop, c)
         print(f"\n== with --steer={c.steer}")
-    with steered(model, c.steer, tokenizer):
+    with steered(model, steering):
         n += write_samples(model, tokenizer, prompt, shown, stop, c)
     seconds = time.perf_counter() - start
     loss = state["whole_val_loss"] or state["val_loss"]

@@ -171,7 +171,7 @@ def fitted(m, tokenizer):
     if m.vocab_size < tokenizer.n_tokens:
         rows = 64 * math.ceil(tokenizer.n_tokens / 64)
         raise UserError(f"vocab_size={m.vocab_size} is too small for {tokenizer}: give --vocab_size={rows}")
-    return m if tokenizer.name == "gpt2" else replace(m, n_token=tokenizer.n_tokens)
+    return tokenizer.rows_of(m)
 
 
 def read_origin(m, c):

@@ -14,7 +14,7 @@ import checkpoint
 from configurator import UserError
 from data.shards import Dataset, locate
 from data.sotu.prepare import embedded, prepare
-from data.tokenizer import kept, load
+from data.tokenizer import gpt2, kept, load
 from data.words import Words
 from model import ModelConfig
 
@@ -28,10 +28,11 @@ def find_dataset(name, tokenizer=None):
     `sotu` is the embedded corpus in the tokens of `tokenizer`. It is prepared if it is missing, like
     sotu-gpt2-8192. Under torchrun every process must call it: the first one prepares, the others wait.
     """
-    if name == "sotu" and tokenizer is not None:
+    if name == "sotu":
+        tokenizer = tokenizer or gpt2()
         name = embedded(tokenizer)
-    elif name == "sotu" or name.startswith("sotu-gpt2"):
-        tokenizer = load(name.removeprefix("sotu-") if name != "sotu" else "gpt2")
+    elif name.startswith("sotu-gpt2"):
+        tokenizer = load(name.removeprefix("sotu-"))
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     own = tokenizer is not None and name == embedded(tokenizer)
     if own and first and not (locate(name) / "meta.json").exists():

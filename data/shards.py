@@ -52,6 +52,11 @@ def locate(name):
     return next((place for place in places if (place / "meta.json").exists()), places[0])
 
 
+def in_tokens(corpus, tokenizer):
+    """The name of a corpus in the tokens of a Tokenizer: its own in GPT-2's, else <its own>-<tokenizer>."""
+    return corpus if tokenizer.name == "gpt2" else f"{corpus}-{tokenizer.name}"
+
+
 def as_argument(folder):
     """What --dataset= takes for `folder` in any current folder, quoted for a shell: its name, or its path."""
     folder = Path(folder).resolve()

@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,10 @@ class Tokenizer:
     def entry(self):
         """What state.json and meta.json say of it."""
         return {"tokenizer": self.name, "tokenizer_sha256": self.sha256}
+
+    def rows_of(self, config):
+        """A ModelConfig whose rows are these tokens. Of GPT-2's, the default, it says nothing."""
+        return config if self.name == "gpt2" else replace(config, n_token=self.n_tokens)
 
     @property
     def files(self):
@@ -409,16 +413,3 @@ def kept(folder, entry):
     if found.sha256 != entry.get("tokenizer_sha256", TOKENIZER_SHA256):
         raise UserError(f"{folder} was made with another tokenizer {name} than {path} holds")
     return found
-
-
-# ----------------------------------------------------------------------------------------------------
-
-
-def encoding():
-    """GPT-2's Tokenizer."""
-    return gpt2()
-
-
-def encode(text):
-    """The tokens of `text` by GPT-2's tokenizer, (n,) uint16."""
-    return gpt2().encode(text)

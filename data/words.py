@@ -74,4 +74,4 @@ class Words:
         """The k of `tokens` (ids; None: the known ones) with the highest scores (n_tokens,), as text."""
         tokens = torch.from_numpy(self.known_tokens() if tokens is None else tokens).to(scores.device)
         best = tokens[scores[tokens].topk(min(k, len(tokens))).indices]
-        return " ".join(self.tokenizer.token_text(token).strip() for token in best)
+        return " ".join(self.text(token).strip() for token in best)

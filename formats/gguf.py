@@ -7,7 +7,6 @@ gguf package, the header in data/gguf.py. Nothing of a file is executed.
 """
 
 import math
-import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -243,8 +242,7 @@ def write_vector(ckpt, to, name):
     """
     net = ckpt.load_model(verified=True)
     tokenizer = kept(ckpt.path, ckpt.state)
-    signal = re.fullmatch(r"s(\d+)", name)
-    direction = reflow.direction(net, int(signal[1]) if signal else name, tokenizer)  # (d,)
+    direction = reflow.direction(net, reflow.signal_or_word(name), tokenizer)  # (d,)
     text = Dataset(text_folder(ckpt.path, ckpt.state), "val", min(net.config.block_size, 128))
     with torch.no_grad():
         streams = hooks.resid_streams(net, net.vocab.embed(text.windows(0, 8)[0]))

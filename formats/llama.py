@@ -221,7 +221,7 @@ def fitted(config, tokenizer, source):
     if config.vocab_size > tokenizer.n_tokens:
         n_rows = config.vocab_size - tokenizer.n_tokens
         print(f"{n_rows} rows after the {tokenizer.n_tokens:,} tokens are padding: no token uses them")
-    return config if tokenizer.name == "gpt2" else replace(config, n_token=tokenizer.n_tokens)
+    return tokenizer.rows_of(config)
 
 
 def read_json(path):

@@ -3,10 +3,8 @@
 import numpy as np
 import torch
 
-from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode
 from dictionary import Dictionary
-from experiments.lab import Lab, LabConfig
+from experiments.lab import Lab, LabConfig, plants
 from experiments.lab.plants import averaging, corpus_of_pairs, save_run, silent, tiny, token, words
 
 __all__ = ["averaging", "corpus_of_pairs", "save_run", "silent", "tiny", "token", "words"]
@@ -17,14 +15,8 @@ def corpus(folder, seed=0, repeats=12, n_words=None):
     rng = np.random.default_rng(seed)
     vocabulary = words(n_words)
     text = rng.permutation(np.repeat(vocabulary, repeats))
-    writer = Writer(folder, source="words in random order", licence="none", recipe={"seed": seed})
-    for i, part in enumerate(np.array_split(text, max(2, len(text) // 200))):
-        split = "val" if i % 4 == 1 else "train"
-        if writer.wants(split, i):
-            line = "".join(f" {w}" for w in part)
-            writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
-    writer.finish()
-    return folder
+    documents = np.array_split(text, max(2, len(text) // 200))
+    return plants.write_documents(folder, documents, "words in random order", {"seed": seed}, every=4)
 
 
 def loud(net, factor=5):

@@ -72,10 +72,10 @@ def corpus(tmp_path):
 
 def test_token_ids_are_gpt2s():
     """Known ids of the published GPT-2 vocabulary."""
-    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
-    assert tokenizer.encode(" queen").tolist() == [16599]
+    assert tokenizer.gpt2().encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.gpt2().encode(" queen").tolist() == [16599]
     assert tokenizer.gpt2().n_tokens == tokenizer.N_TOKENS
-    assert tokenizer.encoding().decode([tokenizer.END_OF_TEXT]) == "<|endoftext|>"
+    assert tokenizer.gpt2().decode([tokenizer.END_OF_TEXT]) == "<|endoftext|>"
 
 
 def test_any_unicode_round_trips():
@@ -86,14 +86,14 @@ def test_any_unicode_round_trips():
             for _ in range(40)
         )
         text = "".join(map(chr, codes))
-        assert tokenizer.encoding().decode(tokenizer.encode(text)) == text
+        assert tokenizer.gpt2().decode(tokenizer.gpt2().encode(text)) == text
 
 
 def test_special_token_in_text_stays_text():
     """A page that mentions <|endoftext|> cannot end a document."""
-    tokens = tokenizer.encode("a <|endoftext|> b")
+    tokens = tokenizer.gpt2().encode("a <|endoftext|> b")
     assert tokenizer.END_OF_TEXT not in tokens
-    assert tokenizer.encoding().decode(tokens) == "a <|endoftext|> b"
+    assert tokenizer.gpt2().decode(tokens) == "a <|endoftext|> b"
 
 
 def test_missing_tokenizer_package_is_a_user_error(monkeypatch):
@@ -352,7 +352,7 @@ def test_sources_and_threads_do_not_change_the_shards(tmp_path):
         owt.prepare(config(make_source(tmp_path, kind), out, num_proc=num_proc))
         results.append(contents(out, "*.bin"))
     assert all(result == results[0] for result in results)
-    decoded = tokenizer.encoding().decode(read_split(out, "train")) + tokenizer.encoding().decode(
+    decoded = tokenizer.gpt2().decode(read_split(out, "train")) + tokenizer.gpt2().decode(
         read_split(out, "val")
     )
     assert sorted(decoded.split("<|endoftext|>")[:-1]) == sorted(texts())
@@ -406,7 +406,7 @@ def paragraphs(n, seed=0):
 
 
 def split_text(folder, split):
-    return tokenizer.encoding().decode(read_split(folder, split)).split("<|endoftext|>")[:-1]
+    return tokenizer.gpt2().decode(read_split(folder, split)).split("<|endoftext|>")[:-1]
 
 
 def test_one_file_gives_both_splits(tmp_path, capsys):
@@ -751,7 +751,7 @@ def test_sotu_split_is_clean_and_counted(tmp_path, capsys):
         tokens, counts = read_split(tmp_path, split), meta["splits"][split]
         ends = np.flatnonzero(tokens == tokenizer.END_OF_TEXT)
         addresses[split] = [tokens[a:b].tobytes() for a, b in zip([0, *ends[:-1] + 1], ends, strict=True)]
-        text = tokenizer.encoding().decode(tokens[tokens != tokenizer.END_OF_TEXT])
+        text = tokenizer.gpt2().decode(tokens[tokens != tokenizer.END_OF_TEXT])
         assert (counts["tokens"], counts["documents"]) == (len(tokens), len(ends))
         assert counts["bytes"] == len(text.encode())
     assert not set(addresses["train"]) & set(addresses["val"])

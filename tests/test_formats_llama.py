@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from configurator import UserError
 from data.sotu.prepare import speeches
-from data.tokenizer import END_OF_TEXT, encode, encoding, kept, load
+from data.tokenizer import END_OF_TEXT, gpt2, kept, load
 from formats.llama import END, read_llama
 from tests.formats_fixtures import (
     KINDS,
@@ -121,7 +121,7 @@ def test_tokenizer(folder):
 
     alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)
     for text, found, other in zip(texts, tokenizer(texts)["input_ids"], alone, strict=True):
-        assert found == other.ids == encode(text).tolist(), repr(text)
+        assert found == other.ids == gpt2().encode(text).tolist(), repr(text)
         assert tokenizer.decode(found) == text
     assert tokenizer.eos_token_id == END_OF_TEXT and tokenizer.encode("<|endoftext|>") == [END_OF_TEXT]
     assert tokenizer.model_max_length == 256
@@ -133,8 +133,9 @@ def test_pipeline(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     pipeline = transformers.pipeline("text-generation", "hf")
     (out,) = pipeline("The people of", max_new_tokens=12, do_sample=False, return_full_text=False)
-    (greedy,) = random_model("factored").generate([encode("The people of").tolist()], 12, temperature=0)
-    assert out["generated_text"] == encoding().decode(greedy)
+    prompt = gpt2().encode_ordinary("The people of")
+    (greedy,) = random_model("factored").generate([prompt], 12, temperature=0)
+    assert out["generated_text"] == gpt2().decode(greedy)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def test_export_and_import_are_inverse(kind, tmp_path, corpus):
     assert back.state_dict().keys() == original.keys()
     assert all(torch.equal(w, original[name]) for name, w in back.state_dict().items())
     assert torch.equal(logits(back, ids(model)), logits(model, ids(model)))
-    x = encode("The people of the United States " * 400)[: 2 * model.config.block_size + 1].astype("int64")
+    tokens = gpt2().encode("The people of the United States " * 400)
+    x = tokens[: 2 * model.config.block_size + 1].astype("int64")
     x = torch.from_numpy(x[:-1]).view(2, -1), torch.from_numpy(x[1:]).view(2, -1)
     assert state["val_loss"] == pytest.approx(model(*x)[1].item(), rel=1e-5)
 

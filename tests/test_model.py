@@ -783,10 +783,11 @@ def test_packed_weights_give_the_plain_product(rows):
 def test_generation_leaves_no_packed_weights():
     """Weights may change after it: a stream that is given up half way holds none either."""
     model = build(**KINDS["factored"]).bfloat16()
-    before = model.generate([[1, 2]], 4, temperature=0)
-    next(model.stream([[1, 2]], 4, temperature=0))
+    prompts = [[1, 2], [3, 4]]  # for one alone, none are packed
+    before = model.generate(prompts, 4, temperature=0)
+    next(model.stream(prompts, 4, temperature=0))
     assert not any(hasattr(p, "packed") for p in model.parameters())
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(-1.5)
-    assert model.generate([[1, 2]], 4, temperature=0) != before
+    assert model.generate(prompts, 4, temperature=0) != before

@@ -365,7 +365,7 @@ def contents(folder):
 
 def documents_of(folder, split):
     shards = [np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob(f"{split}_*.bin"))]
-    return tokenizer.encoding().decode(np.concatenate(shards)).split("<|endoftext|>")[:-1]
+    return tokenizer.gpt2().decode(np.concatenate(shards)).split("<|endoftext|>")[:-1]
 
 
 def test_corpus_is_mixed_split_and_described(corpus, capsys):

@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 from data.datasets import COUNTS
-from data.tokenizer import encoding
+from data.tokenizer import gpt2
 from experiments.lab.results import read_result
 from files import file_sha256
 from paper import reading
@@ -53,7 +53,7 @@ def test_the_released_model_is_the_run_of_the_paper():
     assert (sha256(state["config"]), state["step"]) == (run["config_sha256"], run["step"])
     assert file_sha256(folder / "model.safetensors") == run["released_sha256"]
     assert checkpoint.load_tensors(folder / COUNTS)["counts"].sum() == run["tokens"]
-    tokens = encoding().encode_ordinary("The President of the United States is elected by the people of the")
+    tokens = gpt2().encode_ordinary("The President of the United States is elected by the people of the")
     with torch.no_grad():
         _, loss = model(torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]]))
     assert loss < 6  # a guess costs 10.8

@@ -13,7 +13,7 @@ import checkpoint
 import sample
 from data.datasets import run_words
 from data.shards import Dataset
-from data.tokenizer import encoding
+from data.tokenizer import gpt2
 from experiments.lab.results import read_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def test_shards_are_whole_and_hold_the_same_text():
     assert dataset.data_sha256 == checkpoint.open_run(RUN).state["data_sha256"]
     x, y = dataset.windows(0, 1)
     assert torch.equal(x[0, 1:], y[0, :-1])
-    assert encoding().decode(x[0].tolist()).isprintable() or "\n" in encoding().decode(x[0].tolist())
+    assert gpt2().decode(x[0].tolist()).isprintable() or "\n" in gpt2().decode(x[0].tolist())
 
 
 def test_a_release_is_the_run_in_half_precision_with_counts():
@@ -91,7 +91,7 @@ def test_it_can_be_exported_to_hugging_face(copy):
     transformers = pytest.importorskip("transformers")
     command("export.py", "--run=run", "--to=hf", folder=copy)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(copy / "hf").eval()
-    ids = torch.tensor([encoding().encode_ordinary("The American people")])
+    ids = torch.tensor([gpt2().encode_ordinary("The American people")])
     with torch.no_grad():
         ours, _ = checkpoint.open_run(RUN).load_model()(ids)
         assert torch.allclose(theirs(ids).logits, ours, atol=1e-4)

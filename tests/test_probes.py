@@ -29,7 +29,7 @@ def build():
 
 
 def n_tokens(text):
-    return len(tokenizer.encode(text))
+    return len(tokenizer.gpt2().encode(text))
 
 
 def words():

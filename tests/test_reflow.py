@@ -11,7 +11,7 @@ import configurator
 import hooks
 import reflow
 from configurator import UserError
-from data.tokenizer import encoding
+from data.tokenizer import gpt2
 from data.words import FEWEST_SHOWN, LEAST_COUNT, SHOWN_COUNT, Words, sightings
 from experiments import template
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny, token
@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 def test_contributions_sum_to_the_logit_difference_of_the_forward_pass(model):
     found = model.attribute(PROMPT, "Paris", foil="London")
     with torch.no_grad():
-        logits = model.net(torch.tensor([encoding().encode_ordinary(PROMPT)]))[0][0, -1]
+        logits = model.net(torch.tensor([gpt2().encode_ordinary(PROMPT)]))[0][0, -1]
     exact = (logits[token("Paris")] - logits[token("London")]).item()
     rows = found.top(5).rows
     assert found.contributions.sum() == pytest.approx(exact, abs=1e-4)
@@ -54,18 +54,18 @@ def test_the_default_foil_is_the_likeliest_other_token(model):
 
 
 def test_steered_generation_equals_steering_by_hand(model):
-    ids = encoding().encode_ordinary(PROMPT)
+    ids = gpt2().encode_ordinary(PROMPT)
     text = model.generate(PROMPT, {" peace": 0.5, 17: -0.5}, range(0, 2), max_new_tokens=8, temperature=0)
     word = hooks.steer(model.net, model.net.vocab.matrix()[token("peace")].detach(), 0.5, range(0, 2))
     signal = hooks.steer(model.net, model.net.vocab.basis[17].detach(), -0.5, range(0, 2))
     with word, signal:
         (new,) = model.net.generate([ids], 8, temperature=0, stop=50256)
-    assert text == PROMPT + encoding().decode(new)
+    assert text == PROMPT + gpt2().decode(new)
 
 
 def test_the_cache_holds_the_streams_by_both_spellings(model):
     cache = model.cache(PROMPT)
-    ids = torch.tensor([encoding().encode_ordinary(PROMPT)])
+    ids = torch.tensor([gpt2().encode_ordinary(PROMPT)])
     assert torch.equal(cache["blocks.2.hook_resid_post"], cache["blocks.2.resid_post"])
     assert torch.equal(cache["blocks.3.resid_pre"], hooks.resid_pre(model.net, ids, 3))
     assert torch.equal(cache["ln_final"], model.net.encode(ids))

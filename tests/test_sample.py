@@ -13,7 +13,7 @@ import checkpoint
 import sample
 from configurator import UserError
 from data.shards import Dataset
-from data.tokenizer import END_OF_TEXT, encoding, gpt2
+from data.tokenizer import END_OF_TEXT, gpt2
 from model import ModelConfig, ReFlow
 from tests.lab_fixtures import corpus, save_run, tiny, token, words
 from tests.sentiment_fixtures import planted
@@ -62,8 +62,8 @@ def test_the_streamed_sample_is_the_decoded_one(out, monkeypatch, capsys):
     model, _ = checkpoint.load_model(out / "step_000000")
     generator = torch.Generator().manual_seed(0)
     how = {"temperature": 1.5, "stop": END_OF_TEXT, "generator": generator}
-    (tokens,) = model.generate([encoding().encode_ordinary("é")], 60, **how)
-    assert text == "é" + encoding().decode(tokens) + "\n"
+    (tokens,) = model.generate([gpt2().encode_ordinary("é")], 60, **how)
+    assert text == "é" + gpt2().decode(tokens) + "\n"
 
 
 def test_a_sample_ends_at_the_end_of_text(out, monkeypatch, capsys):
@@ -157,7 +157,7 @@ def test_steering_is_read():
 )
 def test_mistakes_in_steering_are_one_line(text, match):
     with pytest.raises(UserError, match=match) as error:
-        sample.steered(tiny(), text, gpt2())
+        sample.read_steering(text, tiny(), gpt2())
     assert "\n" not in str(error.value)
 
 
@@ -172,9 +172,9 @@ def test_strength_zero_changes_nothing_and_a_word_raises_its_logit():
     model, idx = tiny(), torch.arange(30).view(3, 10)
     model.vocab.recipe.data[token("joy")] *= 10
     plain = model(idx)[0]
-    with sample.steered(model, "+joy:0@0-2,-s3:0@1", gpt2()):
+    with sample.steered(model, sample.read_steering("+joy:0@0-2,-s3:0@1", model, gpt2())):
         assert torch.equal(model(idx)[0], plain)
-    with sample.steered(model, "+joy:8@2", gpt2()):
+    with sample.steered(model, sample.read_steering("+joy:8@2", model, gpt2())):
         pushed = model(idx)[0]
     assert (pushed[..., token("joy")] > plain[..., token("joy")]).all()
     assert (pushed.argmax(-1) == token("joy")).float().mean() > 0.5
@@ -185,7 +185,7 @@ def test_strength_zero_changes_nothing_and_a_word_raises_its_logit():
 def test_cached_and_uncached_generation_agree_under_steering(vocab):
     model = tiny(1, vocab=vocab, **({"top_k": 4} if vocab == "topk" else {}))
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    with sample.steered(model, "+joy:0.7@0-1,-peace:0.5@1", gpt2()):
+    with sample.steered(model, sample.read_steering("+joy:0.7@0-1,-peace:0.5@1", model, gpt2())):
         cached = model.generate(prompts, 12, temperature=0)
         assert cached == model.generate(prompts, 12, temperature=0, use_cache=False)
         assert cached == [model.generate([p], 12, temperature=0)[0] for p in prompts]

@@ -10,7 +10,7 @@ import pytest
 import checkpoint
 from configurator import UserError
 from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode
+from data.tokenizer import END_OF_TEXT, gpt2
 from experiments import concept_inception, crystallization, emotion_surgery, sparsity_profile, template
 from experiments.lab import Lab, LabConfig, Report
 from experiments.lab.claims import TooFew
@@ -29,7 +29,7 @@ def write(folder, documents):
     for i, text in enumerate(documents):
         split = "val" if i % 4 == 1 else "train"
         if writer.wants(split, i):
-            tokens = np.append(encode(text), END_OF_TEXT).astype("uint16")
+            tokens = np.append(gpt2().encode(text), END_OF_TEXT).astype("uint16")
             writer.add(split, i, tokens, len(text.encode()))
     writer.finish()
     return folder

@@ -76,7 +76,7 @@ import configurator
 from configurator import UserError
 from data.offline import sources as texts
 from data.offline.sources import SOURCES
-from data.shards import DATA, Writer, disk_errors, hold, how_to_train, locate, read_json
+from data.shards import DATA, Writer, disk_errors, hold, how_to_train, in_tokens, locate, read_json
 from data.sotu.prepare import split as sotu_split
 from data.tokenizer import gpt2, load
 from files import check_writable, replace_file, shortest
@@ -273,7 +273,7 @@ def choose_validation(source, documents):
 def prepare(cfg, sources=SOURCES):
     """Write the corpus to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
     tokenizer = load(cfg.tokenizer)
-    folder = locate(cfg.out or ("offline" if tokenizer.name == "gpt2" else f"offline-{tokenizer.name}"))
+    folder = locate(cfg.out or in_tokens("offline", tokenizer))
     with hold(folder):
         return write(cfg, folder, sources, tokenizer)
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
 from data import texts as local
-from data.shards import SPLITS, Writer, hold, how_to_train, locate
+from data.shards import SPLITS, Writer, hold, how_to_train, in_tokens, locate
 from data.tokenizer import load
 from files import shortest
 
@@ -174,9 +174,7 @@ def encode_in_order(documents, num_proc, tokenizer):
 def prepare(cfg):
     """Write the dataset to cfg.out unless it is there. Return what meta.json holds, None if it was there."""
     tokenizer = load(cfg.tokenizer)
-    folder = locate(
-        cfg.out or ("openwebtext" if tokenizer.name == "gpt2" else f"openwebtext-{tokenizer.name}")
-    )
+    folder = locate(cfg.out or in_tokens("openwebtext", tokenizer))
     if cfg.source is not None and (folder / "prepare.py").exists():
         raise UserError(f"--out={cfg.out} is the place of another dataset: give a name of your own")
     with hold(folder):

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import configurator
 from configurator import UserError
-from data.shards import Writer, hold, how_to_train, locate, user_cache
+from data.shards import Writer, hold, how_to_train, in_tokens, locate, user_cache
 from data.tokenizer import gpt2, load
 from files import check_writable, shortest
 
@@ -37,7 +37,7 @@ class PrepareConfig:
 
 def embedded(tokenizer):
     """The name of this corpus in the tokens of a Tokenizer: sotu for GPT-2's, else sotu-<its name>."""
-    return "sotu" if tokenizer.name == "gpt2" else f"sotu-{tokenizer.name}"
+    return in_tokens("sotu", tokenizer)
 
 
 def speeches():

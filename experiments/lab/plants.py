@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 from data.shards import Writer
-from data.tokenizer import END_OF_TEXT, encode, encoding
+from data.tokenizer import END_OF_TEXT, gpt2
 from dictionary import random_orthogonal
 from experiments.lab.probes import probe
 from model import ModelConfig, ReFlow
@@ -33,7 +33,7 @@ COMMON = ["was", "is", "been", "seemed", "as", "found", "change", "argument", "c
 
 def token(word):
     """The id of " word"."""
-    (found,) = encoding().encode_ordinary(" " + word)
+    (found,) = gpt2().encode_ordinary(" " + word)
     return found
 
 
@@ -64,12 +64,19 @@ def pairs(n=None):
 def corpus_of_pairs(folder, pairs, times):
     """Write a data set: pairs of words in random order, pair i times[i] times."""
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(pairs)), times))
-    writer = Writer(folder, source="pairs of words in random order", licence="none", recipe={})
-    for i, part in enumerate(np.array_split(order, len(order) // 100)):
-        split = "val" if i % 3 == 1 else "train"
+    parts = np.array_split(order, len(order) // 100)
+    documents = [[word for j in part for word in pairs[j]] for part in parts]
+    return write_documents(folder, documents, "pairs of words in random order", {}, every=3)
+
+
+def write_documents(folder, documents, source, recipe, every):
+    """Write a data set of documents, lists of words; of `every` documents the second is for validation."""
+    writer = Writer(folder, source=source, licence="none", recipe=recipe)
+    for i, document in enumerate(documents):
+        split = "val" if i % every == 1 else "train"
         if writer.wants(split, i):
-            line = "".join(f" {word}" for j in part for word in pairs[j])
-            writer.add(split, i, np.append(encode(line), END_OF_TEXT).astype("uint16"), len(line))
+            line = "".join(f" {word}" for word in document)
+            writer.add(split, i, np.append(gpt2().encode(line), END_OF_TEXT).astype("uint16"), len(line))
     writer.finish()
     return folder
 

@@ -169,17 +169,16 @@ class Report:
 
     def result(self):
         """All of it as a Result."""
+        notes = list(self.notes)
         words = vars(self.lab).get("words")  # if they were asked for
         if words is not None and words.where != "training":
-            self.notes.append(
-                f"Nobody here knows the model's training text: tokens are counted in {words.where}."
-            )
+            notes.append(f"Nobody here knows the model's training text: tokens are counted in {words.where}.")
         return Result(
             experiment=self.experiment,
             seconds=round(time.perf_counter() - self._start, 2),
             claims=self.claims,
             numbers=plain(self.numbers),
-            notes=self.notes,
+            notes=notes,
             gallery=self.gallery,
             figures=self.figures,
             options=plain(self.options),

@@ -175,7 +175,7 @@ def package_folder(package):
 
 def token_id(word):
     """Return the id of " word", None if that is not one token."""
-    tokens = tokenizer.encoding().encode_ordinary(" " + word)
+    tokens = tokenizer.gpt2().encode_ordinary(" " + word)
     return tokens[0] if len(tokens) == 1 else None
 
 
