@@ -322,10 +322,12 @@ def run(main):
     """Call `main()` as a script's last line.
 
     A mistake of the user's or an error of the machine's is one line on stderr and exit status 2; a bug of the
-    program keeps its traceback. Characters that stdout cannot encode are written as \\u2019.
+    program keeps its traceback. Characters that stdout cannot encode are written as \\u2019. A line is written
+    when it ends, so that a log file shows how far a long run is.
     """
     with suppress(AttributeError):  # a stream of somebody's own
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does from the start
+        # both as stderr does from the start
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         sys.stdout.flush()  # here, not at interpreter exit, so that a closed pipe is caught below
