@@ -12,20 +12,21 @@ Shape and schedule were chosen by measurement, for the lowest loss in five minut
 """
 
 out_dir = "out/reflow-nano"
-dataset = "sotu"
+dataset = "sotu-gpt2-8192"
+vocab_size = 8256
 n_layer = 4
 n_head = 4
 n_embd = 128
-n_signal = 64
+n_signal = 128
 recipe_init_std = 0.05
 block_size = 256
-batch_size = 2
-micro_batch_size = 2
-max_steps = 700
+batch_size = 4
+micro_batch_size = 4
+max_steps = 600
 warmup_steps = 60
 lr = 3e-3
 min_lr = 1e-4
-eval_interval = 175
+eval_interval = 150
 eval_sequences = 32
-save_interval = 350
+save_interval = 300
 log_interval = 5

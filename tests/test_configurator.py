@@ -455,5 +455,5 @@ def test_what_stdout_cannot_encode_is_escaped(script, encoding):
 
 def test_a_line_is_in_the_log_before_the_program_ends(script):
     """Killed without a chance to flush, as a long run may be: what it had said is there."""
-    process = script("--plain=print('step 5'); import os; os.kill(os.getpid(), 9)")
+    process = script("--plain=print('step 5'); import os; os.kill(os.getpid(), 9)", PYTHONUNBUFFERED="")
     assert (process.stdout, process.returncode) == ("step 5\n", -9)
