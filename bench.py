@@ -114,8 +114,6 @@ def train_row(c, kind):
     """Tokens a second of whole training steps (forward, backward, clipping, AdamW) and the peak memory."""
     import torch
 
-    from model import N_TOKENS
-
     m, device, dtype = setup(c, stock=kind.endswith(SHIPPED))
     m = replace(m, block_size=max(m.block_size, c.length))
     name = kind.removesuffix(SHIPPED)
@@ -124,7 +122,7 @@ def train_row(c, kind):
     torch.manual_seed(0)
     net, loss_of, optimizer = contender(name.removesuffix(" fp32"), m, c, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    x = torch.randint(N_TOKENS, (c.batch_size, c.length + 1), device=device)
+    x = torch.randint(m.n_tokens, (c.batch_size, c.length + 1), device=device)
 
     def step():
         with autocast:
@@ -290,14 +288,14 @@ def loss_row(c, kind):
     """Memory of head and loss alone, forward and backward, and their error: "tokens, chunk"."""
     import torch
 
-    from model import N_TOKENS, ReFlow
+    from model import ReFlow
 
     m, device, dtype = setup(c)
     tokens, chunk = map(int, kind.split(", "))
     net = ReFlow(replace(m, n_layer=1)).to(device)
     net.vocab.chunk = chunk
     h = torch.randn(tokens, m.n_embd, device=device, requires_grad=True)
-    y = torch.randint(N_TOKENS, (tokens,), device=device)
+    y = torch.randint(m.n_tokens, (tokens,), device=device)
     before = peak_gib()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = net.vocab.loss(h, y)
@@ -334,13 +332,13 @@ def sample_row(c, kind):
     import torch
 
     from hardware import pick_threads
-    from model import N_TOKENS, ReFlow
+    from model import ReFlow
 
     m, device, dtype = setup(c)
     how, batch = kind.split()
     batch, new = int(batch), 64
     torch.manual_seed(0)
-    prompt = torch.randint(N_TOKENS, (16,)).tolist()
+    prompt = torch.randint(m.n_tokens, (16,)).tolist()
     if how == "llama":
         net = llama(m).to(device, dtype).eval()
         ids = torch.tensor([prompt] * batch, device=device)
@@ -352,7 +350,7 @@ def sample_row(c, kind):
         if device.type == "cpu":
             pick_threads(net)  # as sample.py does
         if how == "uncached":
-            prompt, new = torch.randint(N_TOKENS, (min(512, m.block_size - 8),)).tolist(), 4
+            prompt, new = torch.randint(m.n_tokens, (min(512, m.block_size - 8),)).tolist(), 4
         settings = {"temperature": 0, "use_cache": how == "cached"}
         seconds = timed(lambda: net.generate([prompt] * batch, new, **settings), 5.0, least=2)
     weights = sum(p.numel() for p in net.parameters()) * torch.finfo(dtype).bits // 8

@@ -1,5 +1,5 @@
 """
-reflow_nano with hard sparsity: a recipe keeps its 8 largest positive signals of 64.
+reflow_nano with hard sparsity: a recipe keeps its 16 largest positive signals of 128.
 
     python train.py config/reflow_nano_topk.py
 """

@@ -37,7 +37,7 @@ SIZES = {"2x64": (2, 64, 32), "3x96": (3, 96, 48), "4x128": (4, 128, 64)}  # lay
 class StudiesConfig:
     out: str = "out/studies"  # folder of the runs
     seeds: int = 3  # runs of each kind and size
-    steps: int = 240  # of 512 tokens each; evaluated every eighth of them
+    steps: int = 240  # of 1,024 tokens each; evaluated every eighth of them
 
     def __post_init__(self):
         configurator.check(self, "seeds >= 1", "steps >= 8", "steps % 8 == 0")
