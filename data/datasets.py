@@ -91,14 +91,18 @@ def text_folder(path, state):
     return find_dataset("sotu", tokenizer)
 
 
+def is_imported(state):
+    """Whether a run's `state` is that of an imported model as it came: its training text is not known."""
+    return bool(state["config"].get("train", {}).get("imported_from")) and not state["step"]
+
+
 def run_words(path, state):
     """The Words of a checkpoint in the folder `path`; a release brings the counts of its training along."""
     tokenizer = kept(path, state)
     if (path / COUNTS).exists():
         return Words(checkpoint.load_tensors(path / COUNTS)["counts"].numpy(), tokenizer)
     folder = text_folder(path, state)
-    imported = "imported_from" in state["config"].get("train", {}) and not state["step"]
-    where = f"the text {folder.name}" if imported else "training"  # nobody here knows what it was trained on
+    where = f"the text {folder.name}" if is_imported(state) else "training"
     return Words(token_counts(state, folder), tokenizer, where)
 
 

@@ -1,5 +1,8 @@
 """ablate_signal: the input side equals an edited embedding, planted signals are found, verdicts that fail."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from experiments import ablate_signal
 from experiments.lab import Scores
 from experiments.lab.claims import N_GAUGES, effect, signals
 from experiments.lab.results import read_result
+from hardware import flops_per_token
 from tests.lab_fixtures import corpus, open_lab, planted_recipes, save_run, tiny
 
 
@@ -28,13 +32,14 @@ def test_the_input_side_equals_an_edited_embedding(lab):
     net = lab.model.net
     d = lab.model.dictionary
     prompt = lab.heldout(1, 12)[0][0]
-    states = ablate_signal.ablate_input(net, d, prompt, batch=5)
-    for s in (0, 7, 15):
+    some = torch.tensor([0, 7, 9, 15])
+    states = ablate_signal.ablate_input(net, d, prompt, some, batch=3)
+    for i, s in enumerate(some):
         codes = d.codes.clone()
         codes[:, s] = 0
         edited = hooks.with_embedding(net, codes @ d.atoms, lab.model.E)
         with torch.no_grad():
-            assert torch.allclose(states[s], edited.encode(prompt[None])[0, -1], atol=1e-4)
+            assert torch.allclose(states[i], edited.encode(prompt[None])[0, -1], atol=1e-4)
 
 
 def test_removing_a_signal_at_both_sides_is_a_model_without_it(lab):
@@ -42,7 +47,7 @@ def test_removing_a_signal_at_both_sides_is_a_model_without_it(lab):
     net = lab.model.net
     d = lab.model.dictionary
     prompts = lab.heldout(2, 10)[0]
-    sizes = ablate_signal.input_output_sizes(lab.model, prompts)
+    sizes = ablate_signal.input_output_sizes(lab.model, prompts, torch.arange(d.n_signals))
     pred = ablate_signal.predict(net, prompts)
     rows = torch.arange(2)
 
@@ -63,6 +68,18 @@ def test_removing_a_signal_at_both_sides_is_a_model_without_it(lab):
     for place, values in changes.items():
         expected = torch.stack(values).abs().mean(0).numpy()
         assert sizes[place] == pytest.approx(expected, abs=1e-5), place
+
+
+def test_large_models_lose_some_signals_at_the_input_small_ones_all():
+    rng = np.random.default_rng(0)
+    assert ablate_signal.input_signals(tiny().config, 16, rng).tolist() == list(range(16))
+    big = replace(tiny().config, n_layer=30, n_embd=576, n_head=9, n_signal=576)
+    some = ablate_signal.input_signals(big, 576, rng)
+    forward = flops_per_token(big, ablate_signal.PROMPT_LENGTH) / 3
+    tokens = len(some) * ablate_signal.N_INPUT_PROMPTS * ablate_signal.PROMPT_LENGTH
+    assert 20 < len(set(some)) < 576 and tokens * forward <= ablate_signal.INPUT_BUDGET
+    huge = replace(big, n_layer=300)
+    assert len(ablate_signal.input_signals(huge, 576, rng)) == 20
 
 
 def test_n_90_by_hand():

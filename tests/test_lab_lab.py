@@ -74,6 +74,18 @@ def test_the_baseline_is_taken_at_the_step_of_the_run(tmp_path):
     assert open_lab(run).baseline.checkpoint.path == same
 
 
+def test_an_imported_run_has_no_baseline_of_its_own_and_no_advice_to_train_one(tmp_path, capsys):
+    """A model of the same shape beside it may be the same model; one that is named counts."""
+    data = corpus(tmp_path / "data")
+    imported = {"imported_from": "elsewhere"}
+    run = save_run(tmp_path / "run", tiny(), data, step=0, **imported)
+    dense = save_run(tmp_path / "dense", tiny(vocab="dense"), data, step=0, **imported)
+    lab = open_lab(run)
+    assert lab.baseline is None and not capsys.readouterr().out
+    assert list(lab.nulls) == ["step 0", "noise", "frequencies"] and lab.words.where != "training"
+    assert open_lab(run, dense).baseline.checkpoint.run == dense
+
+
 def test_a_baseline_of_ones_own_must_be_a_plain_gpt_of_the_same_shape(tmp_path):
     data = corpus(tmp_path / "data", repeats=1)
     run = save_run(tmp_path / "run", tiny(), data)

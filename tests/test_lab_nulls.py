@@ -1,5 +1,6 @@
 """Null models: noise as long as the training; shuffled text of the run's own tokens, trained on once."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -102,12 +103,29 @@ def test_what_cannot_be_trained_is_missing_and_the_report_says_why(run, lab, mon
     monkeypatch.setattr(nulls, "BUDGET", 1e9)
     assert nulls.steps_of(long)[0] == 0 and "need more than 1e+09" in nulls.steps_of(long)[1]
     fresh = open_lab(run)
-    assert list(fresh.nulls) == ["step 0", "noise"]
+    assert list(fresh.nulls) == ["step 0", "noise", "frequencies"]
     assert fresh.about_nulls()["shuffled text"].startswith("missing: ")
     report = Report(fresh, "template", {})
-    assert list(fresh.nulls) == ["step 0", "noise"]
+    assert list(fresh.nulls) == ["step 0", "noise", "frequencies"]
     assert report.numbers["nulls"] == fresh.about_nulls()
     assert len(report.notes) == 1 and "shuffled text" in report.notes[0]
+
+
+def test_frequencies_keep_what_counts_tell_of_rows_and_nothing_else(lab):
+    """Of rows that are a plant of log count plus a part of each token's own, the plant alone comes back."""
+    counts = lab.words.counts
+    generator = torch.Generator().manual_seed(0)
+    log_count = torch.from_numpy(np.log(np.maximum(counts, 0.5))).float()
+    trained = copy.deepcopy(lab.model.net)
+    own = torch.randn(len(counts), trained.vocab.recipe.size(1), generator=generator)
+    plant = 3 + torch.outer(log_count, torch.linspace(-1, 1, own.size(1)))
+    trained.vocab.recipe.data[: len(counts)] = plant + own
+    found = nulls.frequencies(lab.noise.net, trained, counts, generator)
+    left = found.vocab.recipe.detach()[: len(counts)] - plant
+    assert abs(torch.cosine_similarity(left.flatten(), own.flatten(), dim=0)) < 0.02
+    torch.testing.assert_close(left.norm(dim=1).mean(), own.norm(dim=1).mean(), rtol=0.02, atol=0)
+    assert torch.equal(found.vocab.basis, lab.noise.net.vocab.basis)
+    assert all(map(torch.equal, found.blocks.parameters(), lab.noise.net.blocks.parameters()))
 
 
 def test_a_run_cut_short_warms_up_for_the_same_share_of_its_steps(lab):

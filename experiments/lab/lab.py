@@ -9,6 +9,7 @@ import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ import files
 import hooks
 from checkpoint import Checkpoint
 from configurator import UserError
-from data.datasets import run_words, text_folder
+from data.datasets import is_imported, run_words, text_folder
 from data.shards import Dataset
 from data.words import LEAST_COUNT
 from dictionary import Dictionary
 from experiments.lab import nulls
 from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
+from experiments.lab.precision import rounded
 from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
 from files import file_sha256
@@ -38,7 +40,8 @@ class LabConfig:
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     baseline: str | None = None  # a plain GPT of the same shape and data; None: one beside the run, if any
     seed: int = 0  # of every random choice: rotations, bootstrap, prompts
-    device: str = "auto"  # auto: cuda, then mps, then cpu; always fp32
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of products in blocks, see lab/precision.py
     results: str | None = None  # folder for results, in a folder named after the run; None: in the run's
     probes: str | None = None  # folder of word lists of one's own, see probes/README.md; None: those in it
 
@@ -50,7 +53,7 @@ class LabConfig:
 class Subject:
     """A model under study, and the dictionary that is studied in it (None: its own)."""
 
-    name: str  # reflow, baseline, step 0, noise, shuffled text or shuffled
+    name: str  # reflow, baseline, shuffled, or a name of nulls.NAMES
     net: ReFlow
     val_loss: float | None = None
     dictionary: Dictionary = None
@@ -65,10 +68,10 @@ class Subject:
         return self.dictionary.matrix()
 
 
-def open_subject(name, ckpt, device):
-    """The Subject of a Checkpoint, in fp32, its weights verified. Raises UserError."""
+def open_subject(name, ckpt, device, dtype="auto"):
+    """The Subject of a Checkpoint, its weights verified; `dtype` as in LabConfig. Raises UserError."""
     loss = ckpt.state.get("whole_val_loss") or ckpt.state.get("val_loss")
-    return Subject(name, ckpt.load_model(device, verified=True), loss, checkpoint=ckpt)
+    return Subject(name, rounded(ckpt.load_model(device, verified=True), dtype), loss, checkpoint=ckpt)
 
 
 def shape_of(ckpt):
@@ -77,7 +80,12 @@ def shape_of(ckpt):
 
 
 def find_baseline(ckpt):
-    """The newest dense run in the same folder with the same shape, data and number of steps; None if none."""
+    """The newest dense run in the same folder with the same shape, data and number of steps; None if none.
+
+    There is none beside an imported run: nobody here knows what its neighbour was trained on.
+    """
+    if is_imported(ckpt.state):
+        return None
     for run in checkpoint.runs(ckpt.run.parent):
         for path in reversed(checkpoint.steps(run)):  # its best may be of another step
             try:
@@ -156,7 +164,7 @@ class Lab:
         self.device = pick_device(self.config.device)
         keep_freed_memory()
         self.checkpoint = checkpoint.open_run(self.config.run)
-        self.model = open_subject("reflow", self.checkpoint, self.device)
+        self.model = self.open("reflow", self.checkpoint)
         self.own_probes = own_probes(Path(self.config.probes).expanduser()) if self.config.probes else {}
         self.report = None  # the Report that is being made
         self._rivals = {}  # name of a subject -> its PCA and ICA
@@ -167,6 +175,10 @@ class Lab:
         """The folder of this run's results."""
         return results_folder(self.checkpoint, self.config.results)
 
+    def open(self, name, ckpt):
+        """The Subject of a Checkpoint."""
+        return open_subject(name, ckpt, self.device, self.config.dtype)
+
     # -- models that it is compared with -----------------------------------------------------------
 
     @functools.cached_property
@@ -175,12 +187,13 @@ class Lab:
         if self.config.baseline is None:
             found = find_baseline(self.checkpoint)
             if found is None:
-                command = train_baseline(self.checkpoint)
-                print(f"no baseline beside this run: give --baseline, or make one: {command}")
+                if not is_imported(self.checkpoint.state):  # nobody here can train the like of that
+                    command = train_baseline(self.checkpoint)
+                    print(f"no baseline beside this run: give --baseline, or make one: {command}")
                 return None
         else:
             found = open_baseline(self.config.baseline, self.checkpoint)
-        return open_subject("baseline", found, self.device)
+        return self.open("baseline", found)
 
     @functools.cached_property
     def step0(self):
@@ -189,11 +202,11 @@ class Lab:
         untrained = not train.get("init_from") and not train.get("imported_from")  # else step 0 knows a lot
         path = self.checkpoint.run / "step_000000"
         if untrained and path.is_dir() and path != self.checkpoint.path:
-            return open_subject("step 0", Checkpoint(path, checkpoint.read_state(path)), self.device)
+            return self.open("step 0", Checkpoint(path, checkpoint.read_state(path)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(train.get("seed", self.seed))
             net = ReFlow(ModelConfig(**self.checkpoint.model_config))
-        return Subject("step 0", net.to(self.device).eval())
+        return Subject("step 0", rounded(net.to(self.device).eval(), self.config.dtype))
 
     @functools.cached_property
     def noise(self):
@@ -206,19 +219,26 @@ class Lab:
         """Step 0 trained on the run's tokens in random order, kept beside the run; None if there is none."""
         folder = (self.results if self.config.results else self.checkpoint.run) / "nulls"
         found = nulls.shuffled_text(self.checkpoint, self.step0.net, self.words.counts, folder)
-        return found and open_subject("shuffled text", found, self.device)
+        return found and self.open("shuffled text", found)
+
+    @functools.cached_property
+    def frequencies(self):
+        """Noise that has the frequencies of tokens, where there is no model of shuffled text."""
+        generator = torch.Generator().manual_seed(int(self.rng("frequencies").integers(2**31)))
+        net = nulls.frequencies(self.noise.net, self.model.net, self.words.counts, generator)
+        return Subject("frequencies", net.eval())
 
     @property
     def nulls(self):
         """{name: Subject} of the models that no text has taught, the controls of an effect (lab/nulls.py).
 
-        "step 0", "noise" and, where it can be had, "shuffled text". The report in the making says what they
-        are.
+        "step 0", "noise" and "shuffled text" or, where that cannot be had, "frequencies". The report in the
+        making says what they are.
         """
-        found = {"step 0": self.step0, "noise": self.noise, "shuffled text": self.shuffled_text}
+        last = self.shuffled_text or self.frequencies
         if self.report is not None:
             self.report.about_nulls(self.about_nulls())
-        return {name: subject for name, subject in found.items() if subject is not None}
+        return {subject.name: subject for subject in (self.step0, self.noise, last)}
 
     def about_nulls(self):
         """{name: text} of what the null models of this run are."""
@@ -227,6 +247,9 @@ class Lab:
         steps, why_none = nulls.steps_of(self.checkpoint)
         share = f"{steps:,} of the run's {self.checkpoint.step:,} steps"
         found["shuffled text"] = f"missing: {why_none}" if why_none else f"{start}, trained for {share}"
+        if why_none:
+            fit = f"what the counts of tokens in {self.words.where} tell of the vocabulary's rows"
+            found["frequencies"] = f"noise, and {fit}"
         return found
 
     @functools.cached_property

@@ -4,14 +4,19 @@ Null models: what a model shows though no text has taught it. An effect has to b
     step 0          the run before training: what its architecture and its start show
     noise           step 0 plus Gaussian noise as long as what training added: what any change shows
     shuffled text   step 0 trained on the run's own tokens in random order: what frequencies of tokens show
+    frequencies     in place of the last one: noise, and rows of tokens of the frequencies that the run's have
 
 The noise is as long as the trained difference row by row in the vocabulary, and matrix by matrix elsewhere.
 
 The shuffled text has every token as often as the run has read it, in random order. The null model is trained
 on it by train.py, with the run's start, settings, seed and number of steps. It is kept beside the run, in
 nulls/, or in the user's cache where that cannot be written, and it is a run like any other. A run that needs
-more than BUDGET operations gets fewer steps, on a schedule as much shorter; the result says so. There is no
-such null model of a model whose training is unknown, or that is too large for LEAST_STEPS.
+more than BUDGET operations gets fewer steps, on a schedule as much shorter; the result says so.
+
+There is no such null model of a model whose training is unknown, or that is too large for LEAST_STEPS. Then
+the model of frequencies takes its place: the rows of its vocabulary are a least-squares fit of the run's own
+rows on 1, log count and its square, plus noise as long as what the fit leaves. All else is the noise model.
+It knows what all rows share and what frequency tells of them, and nothing else.
 """
 
 import copy
@@ -31,10 +36,11 @@ from checkpoint import Checkpoint
 from configurator import UserError
 from data.shards import Writer, user_cache
 from data.tokenizer import kept
+from experiments.lab.stats import regress_out
 from hardware import flops_per_token
 from model import ModelConfig
 
-NAMES = ("step 0", "noise", "shuffled text")
+NAMES = ("step 0", "noise", "shuffled text", "frequencies")
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 BUDGET = 2e13  # floating-point operations of training: 3 minutes on two cores with bf16 instructions
 LEAST_STEPS = 100  # of a training that BUDGET cuts short
@@ -65,6 +71,26 @@ def add_noise(start, trained, generator):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             length = (goal[name] - weight).norm(**by_row)
             weight += noise * (length / noise.norm(**by_row))
+    return net
+
+
+def frequencies(noise, trained, counts, generator):
+    """A copy of the ReFlow `noise` whose rows of tokens are as frequency makes those of the ReFlow `trained`.
+
+    counts (n_tokens,): how often each token is in the text at hand.
+    """
+    net = copy.deepcopy(noise)
+    log_count = np.log(np.maximum(counts, 0.5))
+    goal = dict(trained.vocab.named_parameters())
+    with torch.no_grad():
+        for name, weight in net.vocab.named_parameters():
+            if len(weight) < len(counts):  # a basis has no rows of tokens
+                continue
+            rows = goal[name][: len(counts)].double().cpu()  # (n_tokens, d or S)
+            left = torch.from_numpy(regress_out(rows.numpy(), log_count))
+            drawn = torch.randn(left.shape, generator=generator, dtype=left.dtype)
+            drawn *= left.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+            weight[: len(counts)] = (rows - left + drawn).to(weight)
     return net
 
 
@@ -172,5 +198,5 @@ def train(folder, ckpt, start, settings, counts):
 
 
 def plain(net):
-    """The weights of a ReFlow as CPU tensors, by name."""
-    return {name: weight.detach().cpu().contiguous() for name, weight in net.state_dict().items()}
+    """The weights of a ReFlow as fp32 tensors on the CPU, by name."""
+    return {name: weight.detach().float().cpu().contiguous() for name, weight in net.state_dict().items()}

@@ -28,6 +28,7 @@ COLOURS = {
     "step 0": "#CC79A7",
     "noise": "#999999",
     "shuffled text": "#F0E442",
+    "frequencies": "#F0E442",
     "shuffled": "#56B4E9",
     "shuffled labels": "#56B4E9",
     "diffmean": "#F0E442",

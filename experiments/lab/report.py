@@ -18,7 +18,7 @@ import checkpoint
 import configurator
 import files
 from experiments.lab import claims as rules
-from experiments.lab import plots
+from experiments.lab import plots, precision
 from experiments.lab.claims import Scores
 from experiments.lab.lab import Lab, LabConfig, check_writable
 from experiments.lab.results import Figure, Result, to_json
@@ -137,7 +137,10 @@ class Report:
         """Say what the null models are, {name: text}: in numbers, and in a note if one is missing."""
         if "nulls" not in self.numbers:
             missing = [f"{name} {text}" for name, text in texts.items() if text.startswith("missing")]
-            self.notes += [f"A null model is not among the controls, {text}." for text in missing]
+            self.notes += [
+                f"A null model is not among the controls, {text}. That of frequencies takes its place."
+                for text in missing
+            ]
         self.numbers["nulls"] = texts
 
     def row(self, metric, value, **where):
@@ -173,6 +176,8 @@ class Report:
         words = vars(self.lab).get("words")  # if they were asked for
         if words is not None and words.where != "training":
             notes.append(f"Nobody here knows the model's training text: tokens are counted in {words.where}.")
+        if precision.is_rounded(self.lab.model.net):
+            notes.append("The products of the blocks were rounded to bf16 (--dtype=fp32: they are not).")
         return Result(
             experiment=self.experiment,
             seconds=round(time.perf_counter() - self._start, 2),
