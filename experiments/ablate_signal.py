@@ -255,6 +255,9 @@ def example(report, lab, config):
     model = Model(lab.checkpoint, lab.device, net=lab.model.net, words=lab.words)
     found = model.attribute(config.prompt, config.target or None)
     report.gallery = str(found.top(8))
+    pair = f'"{config.prompt}": logit("{found.target}") - logit("{found.foil}")'
+    for signal, value in enumerate(found.contributions):
+        report.row("contribution", value, dictionary="native", signal=signal, prompt=pair)
     share = np.abs(found.contributions).max() / np.abs(found.contributions).sum()
     title = f'"{config.prompt}": the largest signal is {share:.0%} of all contributions'
     with report.figure("waterfall", title, size=(7, 3.8)) as ax:

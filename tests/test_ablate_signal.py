@@ -1,5 +1,6 @@
 """ablate_signal: the input side equals an edited embedding, planted signals are found, verdicts that fail."""
 
+import csv
 from dataclasses import replace
 
 import numpy as np
@@ -191,7 +192,15 @@ def test_an_untrained_run_supports_nothing(lab):
     }
     assert result.figures
     assert all((report.folder / figure.file).stat().st_size > 10_000 for figure in result.figures)
-    assert "baseline" in (report.folder / "rows.csv").read_text()
+    with open(report.folder / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert "baseline" in {row["dictionary"] for row in rows}
+    example = [float(row["value"]) for row in rows if row["metric"] == "contribution"]
+    net, tokenizer = lab.model.net, lab.words.tokenizer
+    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
+    logits = hooks.unembed(net, net.encode(prompt)[0, -1])
+    top, second = logits.topk(2).values
+    assert sum(example) == pytest.approx((top - second).item(), abs=1e-4)  # the waterfall sums exactly
 
 
 def test_an_empty_prompt_is_refused(lab):
