@@ -197,8 +197,8 @@ def test_an_untrained_run_supports_nothing(lab):
     assert "baseline" in {row["dictionary"] for row in rows}
     example = [float(row["value"]) for row in rows if row["metric"] == "contribution"]
     net, tokenizer = lab.model.net, lab.words.tokenizer
-    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
-    logits = hooks.unembed(net, net.encode(prompt)[0, -1])
+    prompt = torch.tensor([tokenizer.encode_ordinary("The capital of France is")])
+    logits = hooks.unembed(net, net.encode(prompt)[0, -1].detach())
     top, second = logits.topk(2).values
     assert sum(example) == pytest.approx((top - second).item(), abs=1e-4)  # the waterfall sums exactly
 
