@@ -1,0 +1,110 @@
+"""
+Edits of a model while it runs: signals or directions of words, scaled or added.
+
+    from explorer.edits import Edit, edited
+    from reflow import load
+
+    m = load("release/reflow-mini")
+    with edited(m, [Edit("add", "God", 0.15, "layers", 0, 2)]):
+        print(m.generate("The people of"))
+
+    add     the direction, `value` times as long as the stream, enters the stream (hooks.steer)
+    scale   what there is of it is multiplied by `value`; 0 removes it
+
+    input   the embeddings of all tokens; a signal is scaled there in every recipe
+    layers  the streams entering blocks `start` to `stop`, n_layer being the final norm
+    output  the input of the final norm; a signal is scaled in the sum that makes the logits, exactly
+
+The control of an edit writes what the edit writes, of equal size at every token, in a random direction.
+"""
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+import hooks
+import reflow
+from configurator import UserError
+
+
+@dataclass
+class Edit:
+    op: Literal["add", "scale"]
+    name: Annotated[int, Field(ge=0)] | Annotated[str, Field(max_length=100)]  # a signal, or a word
+    value: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+    place: Literal["input", "layers", "output"] = "output"
+    start: Annotated[int, Field(ge=0)] = 0
+    stop: Annotated[int, Field(ge=0)] = 0
+
+    def layers(self, n_layer):
+        """The layers whose stream it changes. UserError if the model has no such layers."""
+        if self.place != "layers":
+            return range(0, 1) if self.place == "input" else range(n_layer, n_layer + 1)
+        if not self.start <= self.stop <= n_layer:
+            raise UserError(f"layers {self.start} to {self.stop}: they go up from 0 to {n_layer}")
+        return range(self.start, self.stop + 1)
+
+
+def scaled(x, value, read, write):
+    """x (..., n), its part along `read` (n,), of length 1, times `value`; the change goes along `write`."""
+    return x + (value - 1) * (x @ read)[..., None] * write
+
+
+@contextmanager
+def replaced(vocab, name, make):
+    """While open, the method `name` of a vocabulary is make(the method)."""
+    before = vars(vocab).get(name)
+    setattr(vocab, name, make(getattr(vocab, name)))
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(vocab, name)
+        else:
+            setattr(vocab, name, before)
+
+
+@contextmanager
+def edited(model, edits, control=None):
+    """While open, a reflow.Model runs with `edits`; `control`: the seed of random directions instead."""
+    with ExitStack() as stack:
+        for i, edit in enumerate(edits):
+            generator = None if control is None else torch.Generator().manual_seed(1000 * control + i)
+            stack.enter_context(one(model, edit, generator))
+        yield
+
+
+def random_like(v, generator):
+    """v (n,), or with a generator a random direction of the same length."""
+    if generator is None:
+        return v
+    return hooks.unit(torch.randn(v.shape, generator=generator).to(v)) * v.norm()
+
+
+def one(model, edit, generator):
+    """The context of a single edit."""
+    net, d = model.net, model.dictionary
+    layers = edit.layers(net.config.n_layer)
+    is_signal = isinstance(edit.name, int)
+    if is_signal and edit.name >= d.n_signals:
+        raise UserError(f"no {model.unit} {edit.name}: {model.unit}s are 0 to {d.n_signals - 1}")
+    if is_signal:
+        atom, direction = d.basis[edit.name], d.atoms[edit.name]  # (d,) each
+    else:
+        atom = direction = hooks.unit(reflow.direction(net, edit.name, model.tokenizer))
+    if edit.op == "add":
+        return hooks.steer(net, random_like(direction, generator), edit.value, layers)
+    if is_signal and edit.place == "output":  # of A (..., S), so a term of every logit
+        own = torch.eye(d.n_signals, device=atom.device)[edit.name]
+        change = partial(scaled, value=edit.value, read=own, write=random_like(own, generator))
+        return replaced(net.vocab, "signals", lambda signals: lambda h: change(signals(h)))
+    write = random_like(atom if edit.place == "input" else direction, generator)
+    if is_signal and edit.place == "input":
+        column = (edit.value - 1) * d.recipes[:, edit.name, None]  # (n_tokens, 1)
+        return replaced(net.vocab, "embed", lambda embed: lambda idx: embed(idx) + column[idx] * write)
+    change = partial(scaled, value=edit.value, read=direction, write=write)
+    return hooks.edit_resid(net, dict.fromkeys(layers, change))

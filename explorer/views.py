@@ -1,0 +1,395 @@
+"""
+What the page asks for, as JSON. Numbers come from reflow.py, attribution.py, hooks.py and the experiments.
+"""
+
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+
+import attribution
+import dictionary
+import hooks
+import reflow
+from configurator import UserError
+from data.words import sightings
+from experiments.lab.analogies import METHODS
+from explorer.cards import Cards
+from explorer.edits import edited
+
+MOST_TOKENS = 256  # of a prompt; the last ones are read
+MOST_COLUMNS = 64  # of the heat map
+BARS = 12
+STRONG = 8  # signals of a recipe that tokens may share
+
+
+class Explorer:
+    """One model in memory. `record()` gives the results of its experiments, `others` those of other runs."""
+
+    def __init__(self, lab, record, others):
+        self.lab = lab
+        self.cards = Cards(lab)
+        self.model = self.cards.model
+        self.lock = self.cards.lock
+        self.record = record
+        self.others = others  # {name: function like record}
+        self.streams = functools.lru_cache(8)(self._streams)
+        self.ends = functools.lru_cache(4096)(self._ends)
+        self.dictionary = functools.cache(self._dictionary)
+        self.shared = functools.cache(self._shared)
+
+    # -- shared ------------------------------------------------------------------------------------
+
+    def ids(self, text):
+        """(ids of a prompt as a tuple, how many tokens before them are left out)."""
+        tokenizer, config = self.model.tokenizer, self.model.net.config
+        ids = tokenizer.encode_prompt(text) or [tokenizer.end_of_text]  # a document begins after the last
+        kept = ids[-min(MOST_TOKENS, config.block_size) :]
+        return tuple(kept), len(ids) - len(kept)
+
+    @torch.no_grad()
+    def _streams(self, ids):
+        """Streams (T, d) of a prompt entering each layer and the final norm."""
+        net = self.model.net
+        with self.lock:
+            embeddings = net.vocab.embed(torch.tensor([ids], device=self.model.device))
+            return [stream[0] for stream in hooks.resid_streams(net, embeddings)]
+
+    def _dictionary(self, name):
+        """native, rotated, pca or ica of the model's E. UserError if ICA fails."""
+        if name in self.cards.dictionaries:
+            return self.cards.dictionaries[name]
+        E = self.lab.model.E
+        enough = max(len(self.lab.words.known_tokens()), 4 * E.size(1))  # as the experiments fit them
+        fit = torch.from_numpy(self.lab.words.by_count[:enough])
+        return dictionary.pca(E, fit) if name == "pca" else dictionary.ica(E, fit, self.lab.seed)
+
+    def _ends(self, name, s):
+        """The words that a signal promotes and suppresses, three each."""
+        codes = self.dictionary(name).codes[:, s]
+        return [self.model.top(sign * codes, 3) for sign in (1, -1)]
+
+    def token_of(self, word):
+        """The id of a token given as an id or as a word; None stays None. UserError."""
+        if isinstance(word, str):
+            return self.model.token_id(word)
+        if word is not None and not 0 <= word < self.model.net.config.n_tokens:
+            raise UserError(f"no token {word}: tokens are 0 to {self.model.net.config.n_tokens - 1}")
+        return word
+
+    def name(self, token):
+        return self.model.tokenizer.token_text(token)
+
+    def place(self, ids, position, layer=None):
+        """(position, layer) within a prompt and the model. UserError."""
+        position = len(ids) - 1 if position is None else position
+        layer = self.model.net.config.n_layer if layer is None else layer
+        if position >= len(ids) or layer > self.model.net.config.n_layer:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model {self.model.net.config.n_layer} layers"
+            )
+        return position, layer
+
+    def likeliest(self, p, k=BARS, before=None):
+        """The k likeliest tokens of p (n_tokens,)."""
+        best = p.topk(min(k, len(p))).indices.tolist()
+        rows = [{"id": i, "text": self.name(i), "p": p[i].item()} for i in best]
+        if before is not None:
+            for row in rows:
+                row["before"] = before[row["id"]].item()
+        return rows
+
+    def pair(self, p, target, foil):
+        """Ids of target (None: the likeliest token) and foil (None: the logit alone). UserError."""
+        target, foil = self.token_of(target), self.token_of(foil)
+        target = int(p.argmax()) if target is None else target
+        if target == foil:
+            raise UserError(f"target and foil are both {self.name(target)!r}: give two tokens")
+        return target, foil
+
+    def difference(self, codes, target, foil):
+        """Row of codes (S,) whose product with the activations is the logit, or the difference of two."""
+        return codes[target] if foil is None else codes[target] - codes[foil]
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def run(self):
+        """What the page says of the model."""
+        m, state = self.model, self.lab.checkpoint.state
+        config = m.net.config
+        return {
+            "name": self.lab.checkpoint.name,
+            "step": self.lab.checkpoint.step,
+            "loss": state.get("whole_val_loss") or state.get("val_loss"),
+            "n_layer": config.n_layer,
+            "n_embd": config.n_embd,
+            "n_signals": m.dictionary.n_signals,
+            "n_tokens": config.n_tokens,
+            "unit": m.unit,
+            "tokenizer": m.tokenizer.name,
+            "place": str(self.lab.checkpoint.run),
+            "contexts": self.contexts(),
+            "runs": list(self.others),
+        }
+
+    def contexts(self):
+        """How far the contexts of signals are."""
+        done, total = self.cards.progress
+        return {"ready": self.cards.contexts is not None, "done": done, "total": total} | {
+            "missing": self.cards.missing
+        }
+
+    @torch.no_grad()
+    def read(self, text):
+        """The tokens of a prompt with their surprisal, nats."""
+        ids, dropped = self.ids(text)
+        streams = self.streams(ids)
+        with self.lock:
+            logits = hooks.logit_lens(self.model.net, streams[-1])[:-1]  # (T - 1, n_tokens)
+        following = torch.tensor(ids[1:], device=logits.device)
+        losses = F.cross_entropy(logits, following, reduction="none").tolist() if len(following) else []
+        rows = zip(ids, [None, *losses], strict=True)
+        tokens = [{"id": i, "text": self.model.tokenizer.decode([i]), "surprisal": loss} for i, loss in rows]
+        return {"tokens": tokens, "dropped": dropped, "empty": not text}
+
+    @torch.no_grad()
+    def position(self, text, position, layer, target, foil, dictionary):
+        """The next token after a position, and a logit (or a difference of two) as a sum over signals."""
+        ids, _ = self.ids(text)
+        position, layer = self.place(ids, position, layer)
+        net, d = self.model.net, self.dictionary(dictionary)
+        with self.lock:
+            h = net.norm(self.streams(ids)[layer][position])  # (d,)
+            logits = hooks.unembed(net, h)  # (n_tokens,)
+        p = logits.softmax(-1)
+        target, foil = self.pair(p, target, foil)
+        terms = d.activations(h) * self.difference(d.codes, target, foil)  # (S,)
+        order = terms.abs().argsort(descending=True)[:BARS]
+        asked = [target] if foil is None else [target, foil]
+        sizes = self.rotated_sizes(h, asked, len(order))
+        exact = logits[target] - (0 if foil is None else logits[foil])
+        return {
+            "position": position,
+            "layer": layer,
+            "top": self.likeliest(p),
+            "target": {"id": target, "text": self.name(target), "p": p[target].item()},
+            "foil": None if foil is None else {"id": foil, "text": self.name(foil), "p": p[foil].item()},
+            "terms": [
+                {"signal": s, "value": terms[s].item(), "rotated": size, "ends": self.ends(dictionary, s)}
+                for s, size in zip(order.tolist(), sizes, strict=True)
+            ],
+            "n_others": len(terms) - len(order),
+            "others": (terms.double().sum() - terms[order].double().sum()).item(),
+            "sum": terms.double().sum().item(),
+            "logit": exact.item(),
+            "notes": [self.model.name(token) for token in asked if self.model.is_rare(token)],
+        }
+
+    def rotated_sizes(self, h, asked, k):
+        """Mean sizes of the k largest terms in random rotations, as in reflow.Attribution, a list."""
+        rows = self.model.dictionary.part(asked)  # of two tokens alone: cheap
+        sizes = []
+        for seed in range(reflow.N_ROTATIONS):
+            turned = dictionary.rotated(rows, torch.Generator().manual_seed(seed))
+            terms = turned.activations(h) * self.difference(turned.codes, 0, 1 if len(asked) > 1 else None)
+            sizes.append(terms.abs().topk(k).values)
+        return torch.stack(sizes).mean(0).tolist()
+
+    @torch.no_grad()
+    def lens(self, text, signal):
+        """Layers x positions: the likeliest token of the logit lens and its p, or a signal's activation."""
+        ids, _ = self.ids(text)
+        first = max(0, len(ids) - MOST_COLUMNS)
+        net, rows = self.model.net, []
+        if signal is not None:
+            self.cards.check(signal)
+        for stream in self.streams(ids):
+            with self.lock:
+                h = net.norm(stream[first:])  # (T, d)
+                if signal is not None:
+                    rows.append(
+                        [[None, value] for value in (h @ self.model.dictionary.atoms[signal]).tolist()]
+                    )
+                    continue
+                p, best = hooks.unembed(net, h).softmax(-1).max(-1)
+            texts = [self.name(i) for i in best]
+            rows.append([list(cell) for cell in zip(texts, p.tolist(), strict=True)])
+        return {"first": first, "rows": rows}
+
+    @torch.no_grad()
+    def signal(self, signal, text=None, position=None):
+        """The card of a signal beside that of a rotated one, and what removing them does after a prompt."""
+        cards = [self.cards.card("native", signal)]
+        cards.append(self.cards.card("rotated", self.cards.matched(signal)))
+        if text is not None:
+            ids, _ = self.ids(text)
+            position, _ = self.place(ids, position)
+            with self.lock:
+                h = self.model.net.norm(self.streams(ids)[-1][position])[None]  # (1, d)
+                p = hooks.unembed(self.model.net, h).softmax(-1)
+            target, foil = p.topk(2).indices.T
+            pred = attribution.Prediction(h, p.double(), target, foil)
+            for card in cards:
+                d, s = (
+                    self.cards.dictionaries[card["dictionary"]],
+                    torch.tensor([card["signal"]]).to(h.device),
+                )
+                change, kl = attribution.remove_signals(pred, d, s)
+                card["ablation"] = {"token": self.name(target[0]), "change": change.item(), "kl": kl.item()}
+        about = [
+            c for c in self.claims()["claims"] if c["experiment"] in ("signal_codebook", "ablate_signal")
+        ]
+        return {"cards": cards, "contexts": self.contexts(), "claims": about}
+
+    def strongest(self, text, position):
+        """The signals whose activation after a prompt is largest by size: numbers to open."""
+        ids, _ = self.ids(text)
+        position, _ = self.place(ids, position)
+        with self.lock:
+            h = self.model.net.norm(self.streams(ids)[-1][position])
+        return {"signals": self.model.dictionary.activations(h).abs().topk(8).indices.tolist()}
+
+    def _shared(self):
+        """The strongest signals of each shown token, with their sign, (n, STRONG): s + 1 or -(s + 1)."""
+        codes = self.model.dictionary.codes[torch.from_numpy(self.model.shown).to(self.model.device)]
+        index = codes.abs().topk(min(STRONG, codes.size(1))).indices  # (n, STRONG)
+        return (index + 1) * codes.gather(1, index).sign().long()
+
+    @torch.no_grad()
+    def token(self, word):
+        """A token's recipe, its neighbours in three spaces, and words that share its strong signals."""
+        m, token = self.model, self.token_of(word)
+        recipe = m.dictionary.codes[token]  # (S,)
+        order = recipe.abs().argsort(descending=True)[:BARS].tolist()
+        spaces = {"recipe": m.dictionary.codes, "E": self.lab.model.E}
+        spaces["shuffled recipes"] = self.lab.shuffled.dictionary.codes
+        own = recipe.abs().topk(min(STRONG, len(recipe))).indices
+        own = (own + 1) * recipe[own].sign().long()
+        common = torch.isin(self.shared(), own).sum(1)  # (n,)
+        best = [i for i in common.topk(min(11, len(common))).indices.tolist() if m.shown[i] != token][:10]
+        return {
+            "id": token,
+            "text": self.name(token),
+            "seen": f"{sightings(m.words.counts[token])} in {m.words.where}",
+            "rare": m.is_rare(token),
+            "recipe": [
+                {"signal": s, "value": recipe[s].item(), "ends": self.ends("native", s)}
+                | {"share": (recipe[s] ** 2 / (recipe**2).sum().clamp(min=1e-30)).item()}
+                for s in order
+            ],
+            "neighbours": {name: m.nearest(codes, token, 10) for name, codes in spaces.items()},
+            "sharing": [[self.name(m.shown[i]), common[i].item()] for i in best],
+            "strong": len(own),
+        }
+
+    @torch.no_grad()
+    def arithmetic(self, plus, minus, also):
+        """The words nearest to plus - minus + also by 3CosAdd, and nearest to plus and to also alone."""
+        m = self.model
+        a, b, c = (self.token_of(word) for word in (minus, plus, also))
+        codes = m.dictionary.codes
+        frequent = torch.from_numpy(m.words.known_tokens()[: reflow.N_FREQUENT]).to(codes.device)
+        mean = codes[frequent].mean(0)
+        shown = torch.from_numpy(m.shown).to(codes.device)
+        rows = F.normalize(codes[shown] - mean, dim=1)
+        cosines = [rows @ F.normalize(codes[word] - mean, dim=0) for word in (a, b, c)]
+        asked = torch.isin(shown, torch.tensor([a, b, c], device=shown.device))
+        found = {}
+        for method in ("3CosAdd", "only b", "only c"):
+            best = METHODS[method](*cosines).masked_fill(asked, -torch.inf).topk(min(8, len(shown) - 3))
+            texts = [self.name(shown[i]) for i in best.indices]
+            found[method] = [list(pair) for pair in zip(texts, best.values.tolist(), strict=True)]
+        return {"words": [self.name(word) for word in (b, a, c)], "lists": found}
+
+    @torch.no_grad()
+    def edit(self, text, position, target, foil, edits):
+        """The distribution and the sum over signals at a position, without and with edits."""
+        start = time.perf_counter()
+        ids, _ = self.ids(text)
+        position, _ = self.place(ids, position)
+        streams, n_layer = self.streams(ids), self.model.net.config.n_layer
+        A0, logits0 = self.after(ids, position, streams, [], True)
+        at_output = all(min(edit.layers(n_layer)) == n_layer for edit in edits)
+        A, logits = self.after(ids, position, streams, edits, at_output)
+        log_p0, log_p = logits0.double().log_softmax(-1), logits.double().log_softmax(-1)
+        target, foil = self.pair(log_p0, target, foil)
+        row = self.difference(self.model.dictionary.recipes, target, foil)
+        before, after = A0 * row, A * row  # (S,)
+        order = torch.maximum(before.abs(), after.abs()).argsort(descending=True)[:BARS].tolist()
+        return {
+            "position": position,
+            "exact": at_output,
+            "target": {"id": target, "text": self.name(target)},
+            "foil": None if foil is None else {"id": foil, "text": self.name(foil)},
+            "top": self.likeliest(log_p.exp(), before=log_p0.exp()),
+            "terms": [
+                {"signal": s, "before": before[s].item(), "value": after[s].item()}
+                | {"ends": self.ends("native", s)}
+                for s in order
+            ],
+            "n_others": len(after) - len(order),
+            "others": (after.double().sum() - after[order].double().sum()).item(),
+            "sum": after.double().sum().item(),
+            "sum_before": before.double().sum().item(),
+            "kl": hooks.kl(log_p0, log_p).item(),
+            "ms": 1000 * (time.perf_counter() - start),
+        }
+
+    def after(self, ids, position, streams, edits, at_output):
+        """(activations (S,), logits (n_tokens,)) at a position under edits; no forward pass at the output."""
+        net = self.model.net
+        with self.lock, edited(self.model, edits):
+            if at_output:
+                h = net.norm(streams[-1][None, position, None])[0, 0]  # the norm's hooks want (1, 1, d)
+            else:
+                h = net.encode(torch.tensor([ids[: position + 1]], device=self.model.device))[0, -1]
+            A = net.vocab.signals(h)
+            return A, F.linear(A, self.model.dictionary.recipes)
+
+    @torch.no_grad()
+    def price(self, edits):
+        """KL on held-out text, nats per token, of the edits and of their control."""
+        x, _ = self.lab.heldout(8, 24)
+        found = {}
+        log_p = self.heldout_log_probs(x, [], None)
+        for name, control in (("edits", None), ("random direction", 0)):
+            found[name] = hooks.kl(log_p, self.heldout_log_probs(x, edits, control)).mean().item()
+        return found | {"tokens": x.numel()}
+
+    def heldout_log_probs(self, x, edits, control):
+        """Log-probabilities (tokens, n_tokens) of windows x (n, T)."""
+        net = self.model.net
+        with self.lock, edited(self.model, edits, control):
+            return hooks.log_probs(net, net.encode(x).flatten(0, 1))
+
+    def continuations(self, text, edits, n, temperature, seed):
+        """Continue a prompt by n tokens without edits, with them, and with their control, from one seed.
+
+        Yields (which, token) for one after the other. The model is free for others between two tokens.
+        """
+        ids, _ = self.ids(text)
+        for edit in edits:
+            edit.layers(self.model.net.config.n_layer)  # a mistake is an error now
+        stop = self.model.tokenizer.end_of_text
+        ways = [([], None), (edits, None), (edits, seed)] if edits else [([], None)]
+        streams = []
+        for _ in ways:
+            generator = torch.Generator(self.model.device).manual_seed(seed)
+            how = {"temperature": temperature, "top_k": 200, "generator": generator, "stop": stop}
+            streams.append(self.model.net.stream([list(ids)], n, **how))
+        going = set(range(len(ways)))
+        while going:
+            for i in sorted(going):
+                with self.lock, edited(self.model, *ways[i]):
+                    (token,) = next(streams[i], [None])
+                if token is None or token == stop:
+                    going.discard(i)
+                else:
+                    yield i, token
+
+    def claims(self, run=None):
+        """The claims of this run, or of another one by its name, and its training curves."""
+        if run is not None and run not in self.others:
+            raise UserError(f"no run {run!r} here: there are {', '.join(self.others) or 'no others'}")
+        return self.record() if run is None else self.others[run]()

@@ -1,0 +1,43 @@
+"""An explorer of a small run, and a server of it in a thread, as explore.py starts it."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("fastapi")
+import uvicorn
+
+import explore
+from explorer.server import make_app
+from explorer.views import Explorer
+from tests.lab_fixtures import corpus, loud, open_lab, save_run, tiny
+
+TOKEN = "a-token-of-the-tests"
+
+
+def open_explorer(tmp_path, **changes):
+    """The Explorer of an untrained run whose blocks do something, with its contexts."""
+    data = corpus(tmp_path / "data")
+    run = save_run(tmp_path / "out" / "tiny", loud(tiny(**changes)), data)
+    lab = open_lab(run)
+    return Explorer(lab, lambda: explore.record_of(lab.checkpoint), {})
+
+
+@contextmanager
+def serving(explorer):
+    """(URL of a server in a thread, its app)."""
+    app = make_app(explorer, TOKEN)
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
