@@ -75,11 +75,13 @@ def peak_gib():
 
 def setup(c, stock=False):
     """(ModelConfig of --config, device, dtype). Freed memory is kept, as in train.py, unless `stock`."""
+    from data.datasets import tokenizer_of
     from hardware import keep_freed_memory, pick_device, pick_dtype
     from model import ModelConfig
-    from train import TrainConfig
+    from train import TrainConfig, fitted
 
-    m, _ = configurator.parse(ModelConfig, TrainConfig, argv=[c.config])
+    m, t = configurator.parse(ModelConfig, TrainConfig, argv=[c.config])
+    m = fitted(m, tokenizer_of(t.dataset))
     device = pick_device(c.device)
     if device.type == "cpu" and not stock:
         keep_freed_memory()
@@ -194,7 +196,7 @@ def gpt2(m):
     class GPT2(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(m.vocab_size, d), nn.Embedding(m.block_size, d)
+            self.tokens, self.places = nn.Embedding(m.rows, d), nn.Embedding(m.block_size, d)
             self.blocks = nn.Sequential(*(Block() for _ in range(m.n_layer)))
             self.norm = nn.LayerNorm(d)
             nn.init.normal_(self.tokens.weight, std=0.02)
@@ -250,9 +252,9 @@ def products(m, tokens, chunk):
         ]
     width, parts, rows = m.signals, max(1, tokens // chunk), min(chunk, tokens)
     shapes += [
-        (rows, width, m.vocab_size, parts),
-        (rows, m.vocab_size, width, parts),
-        (m.vocab_size, rows, width, parts),
+        (rows, width, m.rows, parts),
+        (rows, m.rows, width, parts),
+        (m.rows, rows, width, parts),
     ]
     return shapes
 

@@ -322,8 +322,8 @@ def run(main):
     """Call `main()` as a script's last line.
 
     A mistake of the user's or an error of the machine's is one line on stderr and exit status 2; a bug of the
-    program keeps its traceback. Characters that stdout cannot encode are written as \\u2019. A line is written
-    when it ends, so that a log file shows how far a long run is.
+    program keeps its traceback. Characters that stdout cannot encode are written as \\u2019. Lines are
+    written as they end, so that a log file shows how far a long run is.
     """
     with suppress(AttributeError):  # a stream of somebody's own
         # both as stderr does from the start

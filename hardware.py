@@ -60,7 +60,7 @@ def flops_per_token(config, length):
     (not halved for causality, as in Chowdhery et al., 2022, appendix B)."""
     c, d = config, config.n_embd
     layer = 2 * d * d + 2 * d * c.kv_heads * c.head_dim + 3 * d * c.hidden
-    vocab = c.vocab_size * d if c.vocab == "dense" else c.vocab_size * c.signals + 2 * c.signals * d
+    vocab = c.rows * d if c.vocab == "dense" else c.rows * c.signals + 2 * c.signals * d
     return 3 * (2 * (c.n_layer * layer + vocab) + 4 * c.n_layer * length * d)
 
 
@@ -176,11 +176,11 @@ def memory_plan(model, m, c, half, world):
         "weights in half precision": 2 * n * half,
         "activations": layers * tokens,
         "tokens of two steps": 2 * 2 * 8 * m.block_size * c.batch_size / world,
-        "loss: a chunk of logits": chunk_bytes * chunk * m.vocab_size,
-        "loss: gradient of the vocabulary": gradient_bytes * m.vocab_size * columns,
+        "loss: a chunk of logits": chunk_bytes * chunk * m.rows,
+        "loss: gradient of the vocabulary": gradient_bytes * m.rows * columns,
     }
     if m.vocab == "topk":  # after ReLU, after Top-K, and the places of the k largest
-        plan["sparse recipes"] = m.vocab_size * (8 * columns + 8 * m.top_k)
+        plan["sparse recipes"] = m.rows * (8 * columns + 8 * m.top_k)
     return plan
 
 

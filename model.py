@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-N_TOKENS = 50257  # GPT-2's; rows beyond a vocabulary only pad the matrix to a size that hardware likes
+N_TOKENS = 50257  # GPT-2's
 IGNORE = -100  # a target that counts for nothing, as in torch
 
 
@@ -42,7 +42,7 @@ class ModelConfig:
     n_layer: int  # transformer blocks
     n_head: int  # query heads; n_embd / n_head is the head width
     n_embd: int  # width of the residual stream, d
-    vocab_size: int = 50304  # rows of the vocabulary, V; GPT-2's 50,257 padded to a multiple of 64
+    vocab_size: int | None = None  # rows of the vocabulary, V; None: its tokens and padding, a multiple of 64
     n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads
     n_signal: int | None = None  # signals, S; None: n_embd
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd rounded up to a multiple of 256
@@ -55,9 +55,9 @@ class ModelConfig:
     n_token: int | None = None  # rows that are tokens, the others are padding; None: GPT-2's 50,257, or all
 
     def __post_init__(self):
-        if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.vocab_size) < 1:
+        if min(self.block_size, self.n_layer, self.n_head, self.n_embd, self.rows) < 1:
             raise ValueError("block_size, n_layer, n_head, n_embd and vocab_size must be at least 1")
-        for name in ("block_size", "n_embd", "n_signal", "n_hidden", "vocab_size"):
+        for name in ("block_size", "n_embd", "n_signal", "n_hidden", "vocab_size", "n_token"):
             if (getattr(self, name) or 0) > 2**24:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most 2**24")
         if self.n_layer > 4096:
@@ -68,8 +68,8 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.signals < 1 or self.hidden < 1:
             raise ValueError("n_signal and n_hidden must be at least 1")
-        if self.n_token is not None and not 1 <= self.n_token <= self.vocab_size:
-            raise ValueError(f"n_token={self.n_token} must be from 1 to vocab_size={self.vocab_size}")
+        if self.n_token is not None and not 1 <= self.n_token <= self.rows:
+            raise ValueError(f"n_token={self.n_token} must be from 1 to vocab_size={self.rows}")
         if self.vocab == "dense" and self.n_signal is not None:
             raise ValueError(f"vocab=dense has no signals: leave out n_signal={self.n_signal}")
         if self.vocab == "topk" and not 1 <= self.top_k <= self.signals:
@@ -100,9 +100,14 @@ class ModelConfig:
         return 256 * math.ceil(8 * self.n_embd / 3 / 256) if self.n_hidden is None else self.n_hidden
 
     @property
+    def rows(self):
+        """Rows of the vocabulary, V; a multiple of 64 is a size that hardware likes."""
+        return 64 * math.ceil((self.n_token or N_TOKENS) / 64) if self.vocab_size is None else self.vocab_size
+
+    @property
     def n_tokens(self):
         """Rows that are real tokens; the others are padding and must never be sampled, ranked or counted."""
-        return min(self.vocab_size, N_TOKENS) if self.n_token is None else self.n_token
+        return min(self.rows, N_TOKENS) if self.n_token is None else self.n_token
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ class FactoredVocab(Vocab):
 
     def __init__(self, config):
         super().__init__()
-        self.recipe = nn.Parameter(torch.empty(config.vocab_size, config.signals))
+        self.recipe = nn.Parameter(torch.empty(config.rows, config.signals))
         self.basis = nn.Parameter(torch.empty(config.signals, config.n_embd))
 
     def embed(self, idx):
@@ -326,7 +331,7 @@ class DenseVocab(Vocab):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.weight = nn.Parameter(torch.empty(config.rows, config.n_embd))
 
     def embed(self, idx):
         return F.embedding(idx, self.weight)

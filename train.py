@@ -37,7 +37,7 @@ import checkpoint
 import configurator
 import files
 from configurator import SEED, UserError, check
-from data.datasets import find_dataset, mean_loss
+from data.datasets import find_dataset, mean_loss, tokenizer_of
 from data.shards import Dataset
 from data.sotu.prepare import embedded
 from data.tokenizer import kept
@@ -168,10 +168,10 @@ def check_same_run(before, m, c, data_sha256, dtype):
 
 def fitted(m, tokenizer):
     """The ModelConfig for tokens of a Tokenizer. UserError if it has too few rows."""
-    if m.vocab_size < tokenizer.n_tokens:
-        rows = 64 * math.ceil(tokenizer.n_tokens / 64)
-        raise UserError(f"vocab_size={m.vocab_size} is too small for {tokenizer}: give --vocab_size={rows}")
-    return tokenizer.rows_of(m)
+    if m.vocab_size is not None and m.vocab_size < tokenizer.n_tokens:
+        raise UserError(f"vocab_size={m.vocab_size} is too small for {tokenizer}: leave it out")
+    m = tokenizer.rows_of(m)
+    return replace(m, vocab_size=m.rows)
 
 
 def read_origin(m, c):
@@ -213,6 +213,8 @@ def main():
     m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano, saved=own_settings)
     if c.init_from is not None:
         refuse_a_shape(c)
+    elif m.vocab_size is None:
+        m = fitted(m, tokenizer_of(c.dataset))
     run, rank = Path(c.out_dir), processes()[0]
     if c.dry_run:
         m = m if c.init_from is None else read_origin(m, c)[1]

@@ -6,7 +6,6 @@ The plain baseline of reflow_nano: same backbone, data, order and steps, with on
 
 out_dir = "out/gpt2-new-nano"
 dataset = "sotu-gpt2-8192"
-vocab_size = 8256
 n_layer = 4
 n_head = 4
 n_embd = 128

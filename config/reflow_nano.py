@@ -3,16 +3,15 @@ The default: a model that two CPU cores train in minutes on the embedded corpus.
 
     python train.py                    (this file is what it reads when it is given none)
 
-Expect 1.61 bits per byte (4.80 nats per token) after 600 steps of 1,024 tokens, in about a minute on two cores
-with bf16 instructions. It has read 0.61M tokens: it knows words, not facts.
+Expect 1.61 bits per byte (4.80 nats per token) after 600 steps of 1,024 tokens, in about a minute on two
+cores with bf16 instructions. It has read 0.61M tokens: it knows words, not facts.
 
-Its vocabulary is the first 8,192 tokens of GPT-2, as they are. All 50,257 would take most of the time: with them
-1.61 bits per byte need 100 seconds. Shape and schedule were chosen by measurement (LOG.md).
+Its vocabulary is the first 8,192 tokens of GPT-2, as they are. All 50,257 would take most of the time: with
+them 1.61 bits per byte need 100 seconds. Shape and schedule were chosen by measurement (LOG.md).
 """
 
 out_dir = "out/reflow-nano"
 dataset = "sotu-gpt2-8192"
-vocab_size = 8256
 n_layer = 4
 n_head = 4
 n_embd = 128

@@ -6,7 +6,6 @@ reflow_nano with hard sparsity: a recipe keeps its 16 largest positive signals o
 
 out_dir = "out/reflow-nano-topk"
 dataset = "sotu-gpt2-8192"
-vocab_size = 8256
 n_layer = 4
 n_head = 4
 n_embd = 128

@@ -4,6 +4,7 @@ Prepared data sets by name: where one is, whether it trained a run, a model's lo
 
 import contextlib
 import os
+import re
 import sys
 
 import numpy as np
@@ -29,17 +30,26 @@ def find_dataset(name, tokenizer=None):
     sotu-gpt2-8192. Under torchrun every process must call it: the first one prepares, the others wait.
     """
     if name == "sotu":
-        tokenizer = tokenizer or gpt2()
-        name = embedded(tokenizer)
-    elif name.startswith("sotu-gpt2"):
-        tokenizer = load(name.removeprefix("sotu-"))
+        name = embedded(tokenizer or gpt2())
+    tokenizer = tokenizer or in_name(name)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    own = tokenizer is not None and name == embedded(tokenizer)
-    if own and first and not (locate(name) / "meta.json").exists():
+    if name == embedded(tokenizer) and first and not (locate(name) / "meta.json").exists():
         prepare(tokenizer=tokenizer)
     if dist.is_initialized():
         dist.barrier()
     return locate(name)
+
+
+def in_name(name):
+    """The Tokenizer whose tokens the data set `name` should hold: that of its name's end, else GPT-2's."""
+    found = re.search(r"-(gpt2-\d+)$", name)
+    return load(found[1]) if found else gpt2()
+
+
+def tokenizer_of(name):
+    """The Tokenizer of the data set `name`, prepared or not."""
+    folder = locate(name)
+    return Dataset(folder, "val", 1).tokenizer if (folder / "meta.json").exists() else in_name(name)
 
 
 def dataset_of(state):

@@ -101,7 +101,7 @@ def llama_config(c, dtype, bos=END_OF_TEXT, eos=END_OF_TEXT):
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": c.vocab_size,
+        "vocab_size": c.rows,
         "hidden_size": c.n_embd,
         "intermediate_size": c.hidden,
         "num_hidden_layers": c.n_layer,
@@ -129,8 +129,8 @@ def generation_config(c, bos, eos):
     Padding rows of the vocabulary are never sampled.
     """
     settings = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": bos}
-    if c.vocab_size > c.n_tokens:
-        settings["suppress_tokens"] = list(range(c.n_tokens, c.vocab_size))
+    if c.rows > c.n_tokens:
+        settings["suppress_tokens"] = list(range(c.n_tokens, c.rows))
     return settings
 
 
@@ -208,9 +208,9 @@ def read_llama(folder):
 
 def check_rows(config, tokenizer, source):
     """UserError if a ModelConfig has fewer rows than a Tokenizer has tokens."""
-    if config.vocab_size < tokenizer.n_tokens:
+    if config.rows < tokenizer.n_tokens:
         raise UserError(
-            f"{source}: {config.vocab_size:,} tokens, its tokenizer {tokenizer.name} has "
+            f"{source}: {config.rows:,} tokens, its tokenizer {tokenizer.name} has "
             f"{tokenizer.n_tokens:,}: another tokenizer"
         )
 
@@ -218,8 +218,8 @@ def check_rows(config, tokenizer, source):
 def fitted(config, tokenizer, source):
     """The ModelConfig with as many tokens as a Tokenizer has. UserError if it has fewer rows."""
     check_rows(config, tokenizer, source)
-    if config.vocab_size > tokenizer.n_tokens:
-        n_rows = config.vocab_size - tokenizer.n_tokens
+    if config.rows > tokenizer.n_tokens:
+        n_rows = config.rows - tokenizer.n_tokens
         print(f"{n_rows} rows after the {tokenizer.n_tokens:,} tokens are padding: no token uses them")
     return tokenizer.rows_of(config)
 

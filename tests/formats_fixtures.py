@@ -63,7 +63,7 @@ def logits(model, idx):
 
 def ids(model, batch=2):
     """Real tokens, as long as the context."""
-    high = min(model.config.vocab_size, END_OF_TEXT)
+    high = min(model.config.rows, END_OF_TEXT)
     return torch.randint(high, (batch, model.config.block_size), generator=torch.Generator().manual_seed(1))
 
 

@@ -62,7 +62,7 @@ def test_shuffled_tokens_are_the_tokens_of_the_run_in_another_order():
 def test_a_run_has_three_nulls_and_trains_the_last_one_once(run, lab, monkeypatch):
     assert list(lab.nulls) == ["step 0", "noise", "shuffled text"]
     found = lab.nulls["shuffled text"]
-    assert found.checkpoint.step == 3 and found.val_loss < lab.step0.net.config.vocab_size
+    assert found.checkpoint.step == 3 and found.val_loss < lab.step0.net.config.rows
     assert found.checkpoint.run.parent == run / "nulls"
     start = checkpoint.load_model(found.checkpoint.run / "step_000000")[0]
     for name, weight in lab.step0.net.state_dict().items():

@@ -53,7 +53,7 @@ def build(gain=1.0, **fields):
 def batch(model, B=3, T=8, seed=1):
     """Random token ids and targets, each (B, T)."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (2, B, T), generator=rng).unbind()
+    return torch.randint(model.config.rows, (2, B, T), generator=rng).unbind()
 
 
 def gradients(model, loss):

@@ -37,9 +37,10 @@ def run(request, tmp_path_factory):
     name = request.param if request.param != "file" else kept_file(small("smollm"), home)
     tokenizer = load(name)
     text = write_corpus(home / "text", tokenizer)
-    rows = 64 * -(-tokenizer.n_tokens // 64)
-    code, out = train(f"--dataset={text}", f"--out_dir={home / 'run'}", f"--vocab_size={rows}")
+    code, out = train(f"--dataset={text}", f"--out_dir={home / 'run'}")
     assert code == 0, out
+    rows = 64 * -(-tokenizer.n_tokens // 64)  # padded to a multiple of 64
+    assert checkpoint.open_run(home / "run").model_config["vocab_size"] == rows
     return home / "run", tokenizer
 
 
@@ -91,6 +92,13 @@ def test_mixing_is_refused_in_one_line_that_names_both(run, tmp_path):
     state["config"]["train"]["dataset"] = str(other)
     with pytest.raises(UserError, match=f"holds tokens of gpt2, .* has {tokenizer.name}"):
         text_folder(checkpoint.open_run(folder).path, state)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("books", 50304), ("none-gpt2-1000", 1024)])
+def test_a_plan_has_the_rows_that_the_data_will_ask_for(name, rows):
+    """Data that is not here yet: its name says which tokens it will hold, else it is GPT-2's."""
+    code, out = train(f"--dataset={name}", "--dry_run")
+    assert code == 0 and f"--vocab_size={rows} " in out
 
 
 def test_too_few_rows_are_refused(run, tmp_path):
