@@ -3,7 +3,7 @@ One embedding, many ways to write it: codes (V x S) @ atoms (S x d) = E.
 
 A *dictionary* is such a pair. `native` is the learned one. For every invertible R, (recipes R)(R^-1 basis) is
 the *same function*, so a result that also holds for `rotated` is not evidence about the learned signals.
-`pca` and `ica` find a dictionary of E after the fact.
+`pca` and `ica` find a dictionary of E after the fact, and `sparse` one whose product is close to E.
 """
 
 import warnings
@@ -166,4 +166,137 @@ def ica(E, fit, seed=0):
         "reconstruction error": float((found.matrix() - E).abs().max() / E.abs().max()),
         "threads": 1,
     }
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sparse codes
+
+
+def pursue(rows, atoms, depth, chunk=256):
+    """Orthogonal matching pursuit of rows (V, d) in atoms (S, d) of length 1 (Pati et al., 1993).
+
+    Returns (index, gain), each (V, depth): which atom a row takes at each step, and by how much that lowers
+    the row's squared error.
+    """
+    index = torch.empty(len(rows), depth, dtype=torch.long)
+    gain = rows.new_empty(len(rows), depth)
+    for start in range(0, len(rows), chunk):
+        rest = rows[start : start + chunk].clone()  # (n, d), what is not explained yet
+        taken = index[start : start + chunk]
+        frame = rest.new_empty(len(rest), depth, rest.size(1))  # (n, depth, d), the taken atoms, orthonormal
+        for k in range(depth):
+            fit = (rest @ atoms.T).abs_()  # (n, S)
+            taken[:, k] = fit.scatter_(1, taken[:, :k], -1.0).argmax(1)
+            new = atoms[taken[:, k], None]  # (n, 1, d)
+            before = frame[:, :k]  # (n, k, d)
+            new = torch.baddbmm(new, new @ before.mT, before, alpha=-1)[:, 0]  # (n, d)
+            new = new / new.norm(dim=1, keepdim=True).clamp(min=1e-6)
+            along = (rest * new).sum(1, keepdim=True)  # (n, 1)
+            rest -= along * new
+            gain[start : start + chunk, k] = along[:, 0] ** 2
+            frame[:, k] = new
+    return index, gain
+
+
+def share_out(gain, total, least):
+    """How many steps each row of a pursuit keeps, (V,): those `total` of the matrix that gain most.
+
+    gain (V, depth). A row keeps its first steps, and `least` of them in any case. A step is worth no more
+    than the one before it: so the steps kept are the first ones.
+    """
+    worth = gain.cummin(1).values
+    worth[:, :least] = torch.inf
+    best = worth.flatten().topk(total).indices
+    return torch.bincount(best // gain.size(1), minlength=len(gain))
+
+
+def least_squares(rows, atoms, index, n_kept, chunk=256):
+    """Codes (V, S): the best coefficients of each row (V, d) in the first n_kept (V,) atoms of its index."""
+    codes = rows.new_zeros(len(rows), len(atoms))
+    gram = atoms @ atoms.T  # (S, S)
+    depth = index.size(1)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        taken = index[part]  # (n, depth)
+        kept = torch.arange(depth) < n_kept[part, None]  # (n, depth)
+        both = kept[:, :, None] & kept[:, None]
+        system = gram[taken[:, :, None], taken[:, None]] * both  # (n, depth, depth)
+        system.diagonal(dim1=1, dim2=2)[:] += 1e-6 + (~kept).to(rows)  # no row is singular
+        target = (rows[part] @ atoms.T).gather(1, taken) * kept  # (n, depth)
+        found = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(system))[:, :, 0]
+        codes[part].scatter_(1, taken, found * kept)
+    return codes
+
+
+def best_atoms(rows, codes, weights):
+    """Atoms (S, d), not of length 1: weighted least squares for given codes (MOD; Engan et al., 1999)."""
+    weighted = codes * weights[:, None]  # (V, S)
+    system = codes.T @ weighted  # (S, S)
+    system.diagonal()[:] += 1e-6 * system.diagonal().mean()
+    return torch.linalg.solve(system, weighted.T @ rows)
+
+
+def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
+    """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms."""
+    depth = min(3 * n_nonzero, n_atoms, rows.size(1))
+    total = min(n_nonzero, depth) * len(rows)
+    least = max(1, n_nonzero // 8)
+    drawn = torch.multinomial(weights, n_atoms, generator=generator)
+    atoms = torch.nn.functional.normalize(rows[drawn], dim=1)
+    for i in range(rounds):
+        index, gain = pursue(rows, atoms, depth)
+        n_kept = share_out(gain * weights[:, None], total, least)
+        codes = least_squares(rows, atoms, index, n_kept)
+        atoms = best_atoms(rows, codes, weights)
+        missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
+        if i < rounds - 1:  # an atom that no row takes becomes a row that is coded badly
+            unused = (codes != 0).sum(0) < 2
+            atoms[unused] = rows[missed.topk(int(unused.sum())).indices]
+            atoms = torch.nn.functional.normalize(atoms, dim=1)
+    return codes, atoms, float(missed.sum())
+
+
+@one_thread()
+def sparse(E, n_atoms, n_nonzero, weights=None, seed=0, starts=3, rounds=20):
+    """Sparse codes of the rows of E (V, d) in n_atoms atoms, n_nonzero to a row on average.
+
+    Orthogonal matching pursuit and least-squares atoms in turn, from several random starts; the one with the
+    least error is returned. The budget is one of the whole matrix: a row gets entries by how much they lower
+    the error that `weights` (V,) weigh, for example by how often a token was seen. codes @ atoms is close to
+    E, not equal. `fit` of the result: the weighted share of E's energy that is missed, and the mean |cosine|
+    of its atoms with their partners from the other starts. Raises UserError if there are too few rows.
+    """
+    rows = E.cpu().float()
+    weights = torch.ones(len(rows)) if weights is None else weights.cpu().float()
+    if (weights > 0).sum() < n_atoms:
+        raise UserError(f"{n_atoms} atoms need as many rows with a weight, E has {int((weights > 0).sum())}")
+    found = []
+    for start in range(starts):
+        generator = torch.Generator().manual_seed(seed * 1000 + start)
+        found.append(learn(rows, n_atoms, n_nonzero, weights, rounds, generator))
+    codes, atoms, missed = best = min(found, key=lambda part: part[2])
+    fit = {
+        "starts": starts,
+        "missed": missed / float(((rows**2).sum(1) * weights).sum()),
+        "nonzeros a row": float((codes != 0).sum() / len(codes)),
+    }
+    others = [partners(atoms, part[1]).mean() for part in found if part is not best]
+    if others:
+        fit["agreement of starts"] = float(np.mean(others))
+    return Dictionary("sparse", codes.to(E), atoms.to(E), fit)
+
+
+def partners(a, b):
+    """|cosine| of each row of a (n, d) with its partner in b (m, d), one to one, by the Hungarian method.
+
+    Rows without a partner have 0. The same of columns: partners(a.T, b.T).
+    """
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
+    a, b = (torch.nn.functional.normalize(x.double(), dim=1) for x in (a, b))
+    cosine = (a @ b.T).abs().cpu().numpy()  # (n, m)
+    ours, theirs = linear_sum_assignment(cosine, maximize=True)
+    found = np.zeros(len(cosine))
+    found[ours] = cosine[ours, theirs]
     return found

@@ -163,3 +163,79 @@ def test_a_part_has_the_codes_of_its_tokens_and_the_same_atoms():
     part = native.part(np.array([7, 3]))
     assert torch.allclose(part.codes, native.codes[[7, 3]])
     assert torch.allclose(part.atoms, native.atoms)
+
+
+def planted_codes(seed, v=2000, s=48, d=24):
+    """(E, codes, atoms): one to five entries a row, of size 0.5 to 1.5 and either sign; twice as many atoms
+    as dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    atoms = torch.nn.functional.normalize(torch.randn(s, d, generator=generator), dim=1)
+    n_kept = torch.randint(1, 6, (v, 1), generator=generator)
+    chosen = torch.rand(v, s, generator=generator).argsort(1).argsort(1) < n_kept
+    size = 0.5 + torch.rand(v, s, generator=generator)
+    codes = chosen * size * torch.randn(v, s, generator=generator).sign()
+    return codes @ atoms, codes, atoms
+
+
+def test_sparse_finds_planted_atoms():
+    """Twice as many atoms as dimensions: atoms match at 0.9 or more, random ones at less than 0.6. An E of
+    the same covariance without planted codes is not written so well, and its starts disagree."""
+    E, codes, atoms = planted_codes(0)
+    found = dictionary.sparse(E, 48, 3, starts=2)
+    generator = torch.Generator().manual_seed(1)
+    assert dictionary.partners(atoms, found.atoms).mean() > 0.9
+    assert dictionary.partners(codes.T, found.codes.T).mean() > 0.8
+    assert dictionary.partners(atoms, torch.randn(48, 24, generator=generator)).mean() < 0.6
+    gaussian = torch.randn(2000, 24, generator=generator) @ torch.linalg.cholesky(E.T @ E / 2000).T
+    null = dictionary.sparse(gaussian, 48, 3, starts=2)
+    assert found.fit["missed"] < 0.05 < 0.2 < null.fit["missed"]
+    assert found.fit["agreement of starts"] > 0.85 > 0.8 > null.fit["agreement of starts"]
+
+
+def test_a_pursuit_is_that_of_scikit_learn():
+    """The same atoms in the same order, and the same codes, for a number of entries that all rows share."""
+    from sklearn.linear_model import orthogonal_mp
+
+    E, _, atoms = planted_codes(1, v=200)
+    index, gain = dictionary.pursue(E, atoms, 4)
+    codes = dictionary.least_squares(E, atoms, index, torch.full((200,), 4))
+    truth = torch.from_numpy(
+        orthogonal_mp(atoms.T.double().numpy(), E.T.double().numpy(), n_nonzero_coefs=4).T
+    )
+    assert torch.allclose(codes.double(), truth, atol=1e-3)
+    error = ((E - codes @ atoms) ** 2).sum(1)
+    assert torch.allclose((E**2).sum(1) - gain.sum(1), error, atol=1e-3)
+
+
+def test_sparse_misses_no_more_than_scikit_learn():
+    """Where every entry of a row counts the same, at the same number of entries, on a small planted E."""
+    from sklearn.decomposition import MiniBatchDictionaryLearning
+
+    E, _, _ = planted_codes(2, v=600, s=24, d=16)
+    learner = MiniBatchDictionaryLearning(
+        24, alpha=0.3, max_iter=15, transform_algorithm="omp", transform_n_nonzero_coefs=3, random_state=0
+    )
+    theirs = torch.from_numpy(learner.fit_transform(E.numpy()) @ learner.components_).float()
+    ours = dictionary.sparse(E, 24, 3, starts=2)
+    assert ours.fit["missed"] < float(((E - theirs) ** 2).sum() / (E**2).sum())
+
+
+def test_the_budget_is_one_of_the_whole_matrix():
+    """As many entries as the budget has, more of them in rows that need and weigh more, some in every row."""
+    E, codes, _ = planted_codes(3)
+    weights = torch.ones(2000)
+    weights[1000:] = 0.01
+    n_kept = (dictionary.sparse(E, 48, 4, weights, starts=1, rounds=5).codes != 0).sum(1).float()
+    assert n_kept.sum() <= 4 * 2000 and n_kept.sum() > 3.9 * 2000 and n_kept.min() >= 1
+    assert n_kept[:1000].mean() > 1.5 * n_kept[1000:].mean()
+    needed = (codes != 0).sum(1)[:1000]
+    assert n_kept[:1000][needed == 5].mean() > n_kept[:1000][needed == 1].mean()
+
+
+def test_sparse_is_a_function_of_its_seed_and_needs_rows():
+    E, _, _ = planted_codes(4, v=300)
+    first, again = (dictionary.sparse(E, 48, 3, starts=1, rounds=3) for _ in range(2))
+    assert torch.equal(first.codes, again.codes)
+    assert not torch.equal(first.atoms, dictionary.sparse(E, 48, 3, seed=1, starts=1, rounds=3).atoms)
+    with pytest.raises(UserError, match="48 atoms need as many rows"):
+        dictionary.sparse(E[:20], 48, 3)
