@@ -30,6 +30,7 @@ from experiments.lab.claims import LEAST_UNITS, N_GAUGES, Scores, TooFew
 from experiments.lab.precision import rounded
 from experiments.lab.probes import PROBES, own_probes, probe
 from experiments.lab.results import Identity
+from experiments.lab.stats import exchanged
 from files import file_sha256
 from hardware import keep_freed_memory, one_thread, pick_device
 from model import ModelConfig, ReFlow
@@ -255,13 +256,7 @@ class Lab:
     @functools.cached_property
     def shuffled(self):
         """The trained model with its recipes exchanged among tokens of like frequency (within one octave)."""
-        octave = np.log2(np.maximum(self.words.counts, 0.5)).astype(int)  # (n_tokens,), -1 if never seen
-        permutation = np.arange(len(octave))
-        rng = self.rng("shuffled")
-        for i in np.unique(octave):
-            part = np.flatnonzero(octave == i)
-            permutation[part] = rng.permutation(part)
-        d = self.model.dictionary.part(permutation)
+        d = self.model.dictionary.part(exchanged(self.words.counts, self.rng("shuffled")))
         d.name = "shuffled"
         return Subject("shuffled", hooks.with_embedding(self.model.net, d.matrix()), dictionary=d)
 

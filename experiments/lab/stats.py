@@ -75,6 +75,16 @@ def regress_out(codes, nuisance):
     return codes - q @ (q.T @ codes)
 
 
+def exchanged(counts, rng):
+    """A random permutation (V,) of tokens among those of like frequency: within an octave of counts (V,)."""
+    octave = np.log2(np.maximum(counts, 0.5)).astype(int)  # -1 if never seen
+    permutation = np.arange(len(octave))
+    for i in np.unique(octave):
+        part = np.flatnonzero(octave == i)
+        permutation[part] = rng.permutation(part)
+    return permutation
+
+
 def benjamini_hochberg(p, rate=0.05):
     """Which p-values (n,) are discoveries at a rate of false ones, (n,) bool (Benjamini & Hochberg, 1995)."""
     p = np.asarray(p)

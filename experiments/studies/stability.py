@@ -39,6 +39,7 @@ from data.words import LEAST_COUNT
 from dictionary import Dictionary
 from experiments.lab import Report, Scores
 from experiments.lab.claims import LEAST_UNITS, TooFew, missing, to_numpy
+from experiments.lab.matching import partner_correlation
 from experiments.lab.plots import COLOURS
 from experiments.lab.spaces import cosines
 from experiments.lab.stats import regress_out
@@ -50,24 +51,6 @@ CLAIMS = {
     "native_match": "native signals match those of another seed better than signals of other dictionaries do",
 }
 N_WORDS, N_NEIGHBOURS = 1000, 10
-
-
-def standardised(codes):
-    """codes (n, S) with mean 0 and length 1 of every column; a constant one becomes 0."""
-    x = codes - codes.mean(0)
-    length = np.linalg.norm(x, axis=0)
-    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
-
-
-def partner_correlation(a, b):
-    """|correlation| of each column of a (n, S) with its partner in b (n, S'), 0 without one, (S,)."""
-    from scipy.optimize import linear_sum_assignment  # half a second to import
-
-    correlation = np.abs(standardised(a).T @ standardised(b))  # (S, S')
-    ours, theirs = linear_sum_assignment(correlation, maximize=True)
-    found = np.zeros(len(correlation))
-    found[ours] = correlation[ours, theirs]
-    return found
 
 
 def neighbours_in_common(a, b, k=N_NEIGHBOURS):
