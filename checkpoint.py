@@ -204,6 +204,7 @@ def gather_state(model, optimizer):
         weights[name] = whole(parameter)
         for key, value in optimizer.state[parameter].items():
             moments[f"{name}.{key}"] = whole(value)
+    weights |= {name: whole(buffer) for name, buffer in model.named_buffers()}
     return weights, moments
 
 
@@ -220,6 +221,8 @@ def shard_like(tensor, parameter):
 def restore_state(model, optimizer, weights, moments):
     """Undo `gather_state`, into parameters that may be sharded."""
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(weights[name])
         for name, parameter in model.named_parameters():
             parameter.copy_(shard_like(weights[name], parameter))
             step = moments.get(f"{name}.step")
@@ -376,12 +379,17 @@ def open_run(run=None, out="out"):
     return Checkpoint(path, read_state(path), named)
 
 
+def to_fp32(weight):
+    """A weight in fp32; places of entries, which are integers, as they are."""
+    return weight.float() if weight.is_floating_point() else weight
+
+
 def build_model(config, weights, source="the model"):
     """A ReFlow in eval mode, fp32, that holds `weights` from `source`. UserError if they do not fit."""
     with torch.device("meta"):
         model = ReFlow(config)
     try:
-        model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        model.load_state_dict({name: to_fp32(w) for name, w in weights.items()}, assign=True)
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: its weights do not fit the model it describes: {why}") from None

@@ -39,7 +39,8 @@ def peak_flops(device):
 
 def parameter_table(model):
     """Parameters by part: {"recipe": ..., "basis": ..., "attention": ..., "mlp": ..., "norms": ...}."""
-    part = {"recipe": "recipe", "basis": "basis", "vocab": "embedding", "attn": "attention", "mlp": "mlp"}
+    part = {"recipe": "recipe", "value": "recipe", "core": "core", "basis": "basis", "gain": "gains"}
+    part |= {"vocab": "embedding", "attn": "attention", "mlp": "mlp"}
     table = {}
     for name, parameter in model.named_parameters():
         words = name.split(".")
@@ -57,10 +58,13 @@ def count_parameters(config):
 def flops_per_token(config, length):
     """Floating-point operations of a training step per token, at sequences of `length`: three times the
     forward pass, which spends 2 on each weight of each product and 4 * length * d a layer on attention
-    (not halved for causality, as in Chowdhery et al., 2022, appendix B)."""
+    (not halved for causality, as in Chowdhery et al., 2022, appendix B). A sparse vocabulary forms E once for
+    all tokens, which is not counted."""
     c, d = config, config.n_embd
     layer = 2 * d * d + 2 * d * c.kv_heads * c.head_dim + 3 * d * c.hidden
-    vocab = c.rows * d if c.vocab == "dense" else c.rows * c.signals + 2 * c.signals * d
+    vocab = c.rows * c.signals + (2 + c.n_layer * c.reinject) * c.signals * d
+    if c.vocab in ("dense", "sparse"):
+        vocab = c.rows * d
     return 3 * (2 * (c.n_layer * layer + vocab) + 4 * c.n_layer * length * d)
 
 
@@ -166,7 +170,7 @@ def memory_plan(model, m, c, half, world):
     layers = m.n_layer * layer
     if c.activation_checkpointing:  # a block at a time, and each one's input
         layers = layer + m.n_layer * 4 * m.n_embd
-    columns = m.n_embd if m.vocab == "dense" else m.signals
+    columns = m.n_embd if m.vocab in ("dense", "sparse") else m.signals
     # The loss holds logits and, in fp32, probabilities; the gradient summed so far and one chunk's share.
     chunk_bytes, gradient_bytes = (2 + 4, 4 + 2) if half else (4 + 4, 4)
     plan = {
@@ -181,6 +185,8 @@ def memory_plan(model, m, c, half, world):
     }
     if m.vocab == "topk":  # after ReLU, after Top-K, and the places of the k largest
         plan["sparse recipes"] = m.rows * (8 * columns + 8 * m.top_k)
+    if m.vocab == "sparse":  # E and its gradient
+        plan["E"] = 8 * m.rows * columns
     return plan
 
 

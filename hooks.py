@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, ReFlow, Vocab, rope_table
+from configurator import UserError
+from model import FixedVocab, KVCache, ReFlow, rope_table
 
 # ----------------------------------------------------------------------------------------------------
 # Reading
@@ -84,9 +85,21 @@ def token_losses(net, x, y, batch=512):
 # Running from a layer
 
 
+def check_streams(net):
+    """UserError if a stream in the middle does not decide what follows."""
+    if net.config.reinject:
+        raise UserError(
+            "reinject=True adds the tokens' embeddings before every block: nothing runs from a layer alone"
+        )
+
+
 @torch.no_grad()
 def resid_streams(net, resid, layer=0):
-    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each; resid enters `layer`."""
+    """Streams [resid, after block `layer`, ..., after the last], (B, T, d) each; resid enters `layer`.
+
+    Raises UserError for a model that adds its embedding before every block.
+    """
+    check_streams(net)
     c = net.config
     cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, resid.device)
     streams = [resid]
@@ -99,11 +112,13 @@ class LastToken:
     """The last token of each row alone: keys and values of the tokens before it are computed once.
 
     An edit of the last token's stream changes nothing before it, so it needs a forward pass of one token.
-    idx (B, T) is padded on the right; `lengths` are the rows' tokens (None: T each).
+    idx (B, T) is padded on the right; `lengths` are the rows' tokens (None: T each). Raises UserError as
+    `resid_streams` does.
     """
 
     @torch.no_grad()
     def __init__(self, net, idx, lengths=None):
+        check_streams(net)
         c = net.config
         self.net = net
         lengths = lengths or [idx.size(1)] * len(idx)
@@ -189,29 +204,14 @@ def steer(net, direction, strength, layers, positions=slice(None)):
     return edit_resid(net, dict.fromkeys(layers, edit))
 
 
-class FixedVocab(Vocab):
-    """E given as tensors, for intervention: E_in (V, d) is read at the input, E_out (V, d) at the output."""
-
-    def __init__(self, E_in, E_out=None):
-        super().__init__()
-        self.E_in = E_in
-        self.E_out = E_in if E_out is None else E_out
-
-    def embed(self, idx):
-        return F.embedding(idx, self.E_in)
-
-    def signals(self, h):
-        return h
-
-    def recipes(self):
-        return self.E_out
-
-    def matrix(self):
-        return self.E_out
-
-
 def with_embedding(net, E_in, E_out=None):
-    """A ReFlow that shares all of `net` but its vocabulary: another E (n_tokens, d), or one for each side."""
+    """A ReFlow that shares all of `net` but its vocabulary: another E (n_tokens, d), or one for each side.
+
+    Raises UserError where one E cannot serve both sides, or where blocks read it, too.
+    """
+    check_streams(net)
+    if net.config.vocab == "gains" and E_out is None:
+        raise UserError("vocab=gains has gains at its input: one E for both sides would be another model")
     with torch.device("meta"):  # takes no memory and no time
         other = ReFlow(net.config)
     other.blocks = net.blocks

@@ -46,8 +46,11 @@ class ModelConfig:
     n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads
     n_signal: int | None = None  # signals, S; None: n_embd
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd rounded up to a multiple of 256
-    vocab: Literal["factored", "topk", "dense"] = "factored"  # recipes @ basis; sparse recipes; one matrix
+    vocab: Literal["factored", "topk", "sparse", "gains", "dense"] = "factored"  # see VOCABS
     top_k: int = 64  # topk only: a recipe keeps its k largest positive signals
+    n_nonzero: int = 32  # sparse only: signals of a recipe, on average over all rows
+    n_core: int = 16  # sparse only: rank of the dense part beside the recipes
+    reinject: bool = False  # gains only: add the embedding before every block again
     dropout: float = 0.0  # on the embedding and on what each block adds; 0 for pre-training
     norm_eps: float = 1e-6  # RMSNorm's epsilon
     rope_base: float = 10000.0  # wavelength base of the rotary positions
@@ -74,6 +77,12 @@ class ModelConfig:
             raise ValueError(f"vocab=dense has no signals: leave out n_signal={self.n_signal}")
         if self.vocab == "topk" and not 1 <= self.top_k <= self.signals:
             raise ValueError(f"top_k={self.top_k} must be between 1 and n_signal={self.signals}")
+        if self.vocab == "sparse" and not 1 <= self.n_nonzero <= self.signals:
+            raise ValueError(f"n_nonzero={self.n_nonzero} must be between 1 and n_signal={self.signals}")
+        if self.vocab == "sparse" and not 1 <= self.n_core <= self.n_embd:
+            raise ValueError(f"n_core={self.n_core} must be between 1 and n_embd={self.n_embd}")
+        if self.reinject and self.vocab != "gains":
+            raise ValueError(f"reinject=True is for vocab=gains, not for vocab={self.vocab}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not 1e-12 <= self.norm_eps < 1:
@@ -258,9 +267,17 @@ class Linear(nn.Linear):
 
 
 class Vocab(nn.Module):
-    """What the three vocabularies share. A kind gives `embed`, `signals`, `recipes` and `matrix`."""
+    """What all vocabularies share. A kind gives `embed`, `signals`, `recipes` and `matrix`."""
 
     chunk = 1024  # tokens whose logits the loss holds at a time
+
+    def built(self):
+        """The same vocabulary for one forward pass, in which the input and the output share their work."""
+        return self
+
+    def input_matrix(self):
+        """What `embed` reads, (V, d): E itself, unless the input has gains of its own."""
+        return self.matrix()
 
     def logits(self, h):
         """h (..., d), normalised -> logits (..., V)."""
@@ -349,7 +366,174 @@ class DenseVocab(Vocab):
         nn.init.normal_(self.weight, std=std)
 
 
-VOCABS = {"factored": FactoredVocab, "topk": TopKVocab, "dense": DenseVocab}
+class FixedVocab(Vocab):
+    """E given as tensors: E_in (V, d) is read at the input, E_out (V, d) at the output."""
+
+    def __init__(self, E_in, E_out=None):
+        super().__init__()
+        self.E_in = E_in
+        self.E_out = E_in if E_out is None else E_out
+
+    def embed(self, idx):
+        return F.embedding(idx, self.E_in)
+
+    def signals(self, h):
+        return h
+
+    def recipes(self):
+        return self.E_out
+
+    def matrix(self):
+        return self.E_out
+
+    def input_matrix(self):
+        return self.E_in
+
+
+class GainsVocab(FactoredVocab):
+    """A factored vocabulary whose signals have gains at the input: E_in = recipe @ diag(gain) @ basis.
+
+    Rotated recipes are another function here: two matrices recipe @ diag(g) @ basis whose ratios of gains
+    are distinct fix the recipes up to order, sign and scale, if both factors have full rank (Harshman, 1972).
+    The output needs no gains, the lengths of basis rows are such. With `reinject`, the stream gets the
+    embedding before every block again, each time with gains of its own.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        n_gain = 1 + config.n_layer * config.reinject
+        self.gain = nn.ParameterList(torch.empty(config.signals) for _ in range(n_gain))  # no weight decay
+
+    def embed(self, idx):
+        return (F.embedding(idx, self.recipe) * self.gain[0]) @ self.basis
+
+    def inject(self, idx, layer):
+        """What the stream gets before block `layer`, for ids idx (B, T), (B, T, d)."""
+        return (F.embedding(idx, self.recipe) * self.gain[1 + layer]) @ self.basis
+
+    def input_matrix(self):
+        return (self.recipe * self.gain[0]) @ self.basis
+
+    def reset_parameters(self, std):
+        super().reset_parameters(std)
+        # Ratios near 1 would fix little; how they start is chance, so that equal ones mean something.
+        self.gain[0].data.log_normal_(std=0.7)
+        for gain in self.gain[1:]:
+            nn.init.normal_(gain, std=0.1)
+
+
+class SparseProduct(torch.autograd.Function):
+    """A sparse matrix times `basis` (S, d), (V, d): `value` (n,) holds its entries, row by row.
+
+    `places` is Places. Both directions are sums of few rows, so one kernel serves them; torch's own gradient
+    of the basis takes several times as long on a CPU. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx, value, basis, places):
+        ctx.save_for_backward(value, basis)
+        ctx.places = places
+        return F.embedding_bag(places.column, basis, places.row_start, mode="sum", per_sample_weights=value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        value, basis = ctx.saved_tensors
+        p, grad = ctx.places, grad.contiguous()
+        grad_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, basis, p.column, p.row_start, p.row, 0
+        )
+        order = p.by_column
+        grad_basis = F.embedding_bag(
+            p.row[order], grad, p.column_start, mode="sum", per_sample_weights=value[order]
+        )
+        return grad_value, grad_basis, None
+
+
+class Places:
+    """Where the n entries of a sparse (V, S) matrix are: `row` and `column` (n,), row by row, int32."""
+
+    def __init__(self, column, count, n_columns):
+        self.column = column
+        self.row = torch.repeat_interleave(count)  # (n,)
+        self.row_start = count.cumsum(0, dtype=torch.int32) - count  # (V,)
+        self.by_column = column.argsort(stable=True)  # (n,)
+        uses = torch.bincount(column, minlength=n_columns).int()  # (S,)
+        self.column_start = uses.cumsum(0, dtype=torch.int32) - uses
+
+
+class SparseVocab(Vocab):
+    """Signed recipes with few entries, whose places are fixed, beside a dense part that is not read.
+
+    E = recipes @ basis, where a recipe has three parts: its entries among the first `n_signal` columns, the
+    token's row of `core`, and a 1 for the row that all tokens share. The core and that row of the basis are
+    no signals: only a gauge of their own is fixed. A new model has its entries in random places;
+    `export.py --factor=sparse` takes those of a dictionary of a dense model.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        V, self.n_signal = config.rows, config.signals
+        self.value = nn.Parameter(torch.empty(V * config.n_nonzero))  # entries, row by row; no weight decay
+        self.core = nn.Parameter(torch.empty(V, config.n_core))
+        self.basis = nn.Parameter(torch.empty(config.signals + config.n_core + 1, config.n_embd))
+        self.register_buffer("column", torch.zeros(len(self.value), dtype=torch.int32))
+        self.register_buffer("count", torch.full((V,), config.n_nonzero, dtype=torch.int32))  # of each row
+        self.known = None
+
+    def places(self):
+        """The Places of the entries."""
+        if self.known is None or self.known[:2] != (id(self.column), self.column._version):
+            places = Places(self.column, self.count, self.n_signal)
+            self.known = (id(self.column), self.column._version, places)
+        return self.known[2]
+
+    def built(self):
+        found = FixedVocab(self.matrix())
+        found.chunk = self.chunk
+        return found
+
+    def embed(self, idx):
+        return F.embedding(idx, self.matrix())
+
+    def signals(self, h):
+        """h (..., d), normalised -> (..., S + n_core + 1); the last columns are the core's and the mean's."""
+        return linear(h, self.basis)
+
+    def recipes(self):
+        places, S = self.places(), self.n_signal
+        entries = self.core.new_zeros(len(self.core), S).index_put((places.row, places.column), self.value)
+        return torch.cat([entries, self.core, torch.ones_like(self.core[:, :1])], 1)
+
+    def matrix(self):
+        signals, core, mean = self.basis.split([self.n_signal, self.core.size(1), 1])
+        with torch.autocast(self.basis.device.type, enabled=False):
+            dense = torch.addmm(mean[0], self.core, core)  # (V, d)
+            return dense + SparseProduct.apply(self.value, signals, self.places())
+
+    def logits(self, h):
+        return self.built().logits(h)
+
+    def loss(self, h, targets, grad_scale=1.0):
+        return self.built().loss(h, targets, grad_scale)
+
+    def reset_parameters(self, std):
+        V, S = len(self.core), self.n_signal
+        n = len(self.value) // V  # entries of a row
+        self.column.copy_(torch.rand(V, S).topk(n).indices.sort().values.flatten())
+        nn.init.normal_(self.value, std=std * math.sqrt(S / n))  # rows as long as those of a factored one
+        nn.init.normal_(self.core, std=std)
+        nn.init.normal_(self.basis, std=self.basis.size(1) ** -0.5)
+        nn.init.zeros_(self.basis[-1])
+
+
+VOCABS = {
+    "factored": FactoredVocab,  # recipes @ basis
+    "topk": TopKVocab,  # the same with a fixed number of positive entries a recipe
+    "sparse": SparseVocab,  # few signed entries in fixed places, beside a dense core
+    "gains": GainsVocab,  # factored, with a gain for each signal at the input
+    "dense": DenseVocab,  # one matrix, as in a plain GPT
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -560,8 +744,12 @@ class ReFlow(nn.Module):
                 residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def encode(self, idx, cache=None, lengths=None):
-        """idx (B, T) -> normalised final residual stream (B, T, d). A cache wants the rows' `lengths`."""
+    def encode(self, idx, cache=None, lengths=None, vocab=None):
+        """idx (B, T) -> normalised final residual stream (B, T, d). A cache wants the rows' `lengths`.
+
+        `vocab`: this model's, `built` for uses beside this one.
+        """
+        vocab = vocab or self.vocab.built()
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
@@ -573,9 +761,11 @@ class ReFlow(nn.Module):
         else:
             cos, sin = cos[:T], sin[:T]
 
-        x = self.vocab.embed(idx).to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
+        x = vocab.embed(idx).to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
         x = F.dropout(x, c.dropout, self.training)
         for i, block in enumerate(self.blocks):
+            if c.reinject:
+                x = x + vocab.inject(idx, i).to(x)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
@@ -589,11 +779,12 @@ class ReFlow(nn.Module):
 
         Targets of IGNORE count for nothing. `grad_scale`: see ChunkedCrossEntropy; matters in fp16 only.
         """
-        h = self.encode(idx)
+        vocab = self.vocab.built()
+        h = self.encode(idx, vocab=vocab)
         if targets is None:
-            logits = self.vocab.logits(h)
+            logits = vocab.logits(h)
             return logits.to(torch.promote_types(logits.dtype, torch.float32)), None
-        return None, self.vocab.loss(h.flatten(0, 1), targets.flatten(), grad_scale)
+        return None, vocab.loss(h.flatten(0, 1), targets.flatten(), grad_scale)
 
     # -- generation ---------------------------------------------------------------------------------
 
@@ -611,13 +802,14 @@ class ReFlow(nn.Module):
         rows, done, cache, starts = [list(p) for p in prompts], [False] * len(prompts), None, None
         device, capacity = self.norm.weight.device, self.config.block_size
         capacity = min(capacity, max(map(len, rows)) + max_new_tokens)
-        recipes = self.vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
+        vocab = self.vocab.built()
+        recipes = vocab.recipes()  # once: for a Top-K vocabulary it is a sort of every row
         with packed([*self.blocks.parameters(), recipes], len(rows)):
             for _ in range(max_new_tokens):
                 fresh, starts = starts, [window_start(len(row), self.config.block_size) for row in rows]
                 if use_cache and fresh == starts:
                     idx = torch.tensor([row[-1:] for row in rows], device=device)  # (B, 1)
-                    h = self.encode(idx, cache)[:, -1]  # (B, d)
+                    h = self.encode(idx, cache, vocab=vocab)[:, -1]  # (B, d)
                 else:
                     windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
                     lengths = [len(w) for w in windows]
@@ -625,9 +817,10 @@ class ReFlow(nn.Module):
                         cache = KVCache(self.config, len(rows), capacity, device, self.kv_dtype())
                     # Padded on the right, where causality hides it.
                     padded = [w + [0] * (max(lengths) - len(w)) for w in windows]
-                    h = self.encode(torch.tensor(padded, device=device), cache, lengths)  # (B, longest, d)
+                    idx = torch.tensor(padded, device=device)  # (B, longest)
+                    h = self.encode(idx, cache, lengths, vocab)  # (B, longest, d)
                     h = h[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d)
-                logits = linear(self.vocab.signals(h), recipes).float()  # (B, V)
+                logits = linear(vocab.signals(h), recipes).float()  # (B, V)
                 tokens = sample_token(logits[:, : self.config.n_tokens], **how).tolist()
                 for row, token in zip(rows, tokens, strict=True):
                     row.append(token)

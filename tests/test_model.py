@@ -30,6 +30,9 @@ TINY = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_hidden": 2
 KINDS = {
     "factored": {"n_signal": 12},
     "topk": {"vocab": "topk", "n_signal": 12, "top_k": 5},
+    "sparse": {"vocab": "sparse", "n_signal": 20, "n_nonzero": 3, "n_core": 2},
+    "gains": {"vocab": "gains", "n_signal": 12},
+    "layered": {"vocab": "gains", "n_signal": 12, "reinject": True},
     "dense": {"vocab": "dense"},
     "grouped": {"n_kv_head": 2},
 }
@@ -47,6 +50,11 @@ def build(gain=1.0, **fields):
                 w.normal_(1, 0.2)
             else:
                 w.normal_(std=(gain if "blocks" in name else 1.0) * w.size(1) ** -0.5)
+    if model.config.vocab == "sparse":  # some rows have one entry more or less than others, one has none
+        count = model.vocab.count
+        count[:6] += torch.tensor([1, -1, 1, -1, 3, -3], dtype=count.dtype)
+        rows = [torch.randperm(20)[:n].sort().values for n in count.tolist()]
+        model.vocab.column.copy_(torch.cat(rows))
     return model
 
 
@@ -73,7 +81,7 @@ def error(a, b):
 def codes_by_mask(model):
     """The recipes by the contract: a topk recipe keeps those of its k largest entries that are positive."""
     recipe = model.vocab.recipe
-    if model.config.vocab == "factored":
+    if model.config.vocab in ("factored", "gains"):
         return recipe
     larger = (recipe.unsqueeze(1) > recipe.unsqueeze(2)).sum(
         2
@@ -81,21 +89,39 @@ def codes_by_mask(model):
     return recipe * ((larger < model.config.top_k) & (recipe > 0))
 
 
+def tables(model):
+    """(E at the input, [E before each block], E at the output) by the contract, by plain autograd."""
+    vocab, c = model.vocab, model.config
+    if c.vocab == "sparse":
+        S, entries, at = c.n_signal, vocab.value.split(vocab.count.tolist()), vocab.column
+        rows = []
+        for values, places in zip(entries, at.split(vocab.count.tolist()), strict=True):
+            rows.append(torch.zeros(S).double().index_put((places.long(),), values))
+        E = torch.stack(rows) @ vocab.basis[:S] + vocab.core @ vocab.basis[S:-1] + vocab.basis[-1]
+        return E, [], E
+    E = codes_by_mask(model) @ vocab.basis
+    if c.vocab != "gains":
+        return E, [], E
+    first, *others = [(vocab.recipe * gain) @ vocab.basis for gain in vocab.gain]
+    return first, others, E
+
+
 def loss_with_built_matrix(model, idx, targets):
     """The loss with E built and used on both sides, by plain autograd; only the blocks are the model's."""
-    E = codes_by_mask(model) @ model.vocab.basis
+    E_in, injected, E = tables(model)
     c = model.config
     cos, sin = rope_table(c.block_size, c.head_dim, c.rope_base, idx.device)
-    x = F.embedding(idx, E)
-    for block in model.blocks:
+    x = F.embedding(idx, E_in)
+    for i, block in enumerate(model.blocks):
+        x = x + F.embedding(idx, injected[i]) if injected else x
         x = block(x, cos[: idx.size(1)], sin[: idx.size(1)])
     return F.cross_entropy((model.norm(x) @ E.T).flatten(0, 1), targets.flatten())
 
 
-@pytest.mark.parametrize("vocab", ["factored", "topk"])
-def test_factored_vocabulary_is_the_same_mathematics_as_building_E(vocab):
+@pytest.mark.parametrize("kind", ["factored", "topk", "sparse", "gains", "layered"])
+def test_every_vocabulary_is_the_same_mathematics_as_building_E(kind):
     """Loss and every gradient agree with a model that builds E each step; over chunks, the last one short."""
-    model = build(**KINDS[vocab])
+    model = build(**KINDS[kind])
     model.vocab.chunk = 7
     idx, targets = batch(model)
     truth = loss_with_built_matrix(model, idx, targets)
@@ -117,7 +143,7 @@ def test_a_logit_is_the_sum_over_its_signals(kind):
     summed = (A.unsqueeze(-2) * codes).sum(-1)  # (B, T, V)
     torch.testing.assert_close(logits, summed, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits, h @ model.vocab.matrix().T, rtol=0, atol=1e-4)
-    torch.testing.assert_close(model.vocab.embed(idx), model.vocab.matrix()[idx], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.vocab.embed(idx), model.vocab.input_matrix()[idx], rtol=0, atol=1e-5)
 
 
 def test_topk_recipes_are_sparse_and_positive():
@@ -126,6 +152,42 @@ def test_topk_recipes_are_sparse_and_positive():
     kept = model.vocab.recipes()
     assert torch.equal(kept, codes_by_mask(model))
     assert set((kept != 0).sum(1).tolist()) >= {3, 4, 5}
+
+
+def test_sparse_recipes_have_their_entries_where_they_were_put():
+    """As many as the budget has; the places are fixed in training, the core and the mean are columns beside
+    them. Other places, loaded in the same tensors, are noticed."""
+    torch.manual_seed(0)
+    model = ReFlow(ModelConfig(**TINY, **KINDS["sparse"]))
+    before = model.vocab.recipes()
+    assert before.shape == (61, 20 + 2 + 1) and (before[:, -1] == 1).all()
+    assert ((before[:, :20] != 0).sum(1) == 3).all()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(*batch(model))[1].backward()
+    optimizer.step()
+    after = model.vocab.recipes()
+    assert torch.equal(before[:, :20] != 0, after[:, :20] != 0) and not torch.equal(before, after)
+    other = ReFlow(ModelConfig(**TINY, **KINDS["sparse"]))
+    assert not torch.equal(other.vocab.matrix(), model.vocab.matrix())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.vocab.matrix(), model.vocab.matrix())
+
+
+def test_rotating_the_signals_changes_a_model_with_gains():
+    """The function fixes the axes: recipe R and R' basis are another one, but signals in another order,
+    with their gains, are the same."""
+    model = build(**KINDS["gains"])
+    idx, _ = batch(model)
+    before = model(idx)[0]
+    vocab, order, R = model.vocab, torch.randperm(12), torch.linalg.qr(torch.randn(12, 12).double())[0]
+    with torch.no_grad():
+        for p in (vocab.recipe.T, vocab.basis, vocab.gain[0]):
+            p.copy_(p[order].clone())
+    torch.testing.assert_close(model(idx)[0], before, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        vocab.recipe.copy_(vocab.recipe @ R)
+        vocab.basis.copy_(R.T @ vocab.basis)
+    assert error(model(idx)[0], before) > 0.01
 
 
 def test_rotating_the_signals_leaves_the_logits():
@@ -676,6 +738,9 @@ def test_flops_equal_a_count_of_the_forward_pass(kind):
         ({"vocab": "dense", "n_signal": 8}, "vocab=dense .* n_signal=8"),
         ({"vocab": "topk", "n_signal": 8, "top_k": 9}, "top_k=9 .* n_signal=8"),
         ({"vocab": "topk", "top_k": 0}, "top_k=0"),
+        ({"vocab": "sparse", "n_signal": 8, "n_nonzero": 9}, "n_nonzero=9 .* n_signal=8"),
+        ({"vocab": "sparse", "n_nonzero": 4, "n_core": 0}, "n_core=0 .* n_embd=16"),
+        ({"reinject": True}, "reinject=True is for vocab=gains"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
     ],
