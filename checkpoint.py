@@ -225,14 +225,14 @@ def restore_state(model, optimizer, weights, moments):
             buffer.copy_(weights[name])
         for name, parameter in model.named_parameters():
             parameter.copy_(shard_like(weights[name], parameter))
-            step = moments.get(f"{name}.step")
-            if step is None:  # no moments exist before the first update
-                continue
-            fused = optimizer.defaults["fused"]
-            state = {"step": step.to(parameter.device if fused else "cpu")}
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = shard_like(moments[f"{name}.{key}"], parameter)
-            optimizer.state[parameter] = state
+            state = {}  # no moments exist before the first update
+            for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):  # AdamW's, Muon's
+                if (moment := moments.get(f"{name}.{key}")) is not None:
+                    state[key] = shard_like(moment, parameter)
+            if (step := moments.get(f"{name}.step")) is not None:
+                state["step"] = step.to(parameter.device if optimizer.defaults["fused"] else "cpu")
+            if state:
+                optimizer.state[parameter] = state
 
 
 # ----------------------------------------------------------------------------------------------------

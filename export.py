@@ -8,10 +8,13 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --from=FILE.gguf --to=out/x       such a file; --from=smollm2: SmolLM2-135M, from pip
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
+    python export.py --run=out/gpt2-new-nano/step_000350 --factor=sparse --to=out/sparse  with sparse recipes
     python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
 
 What --from and --factor write is a run like any other: sample.py, the experiments and `train.py --init_from`
-take it. The formats are in formats/.
+take it. A sparse one is close to the dense run, not equal. `train.py --out_dir=out/sparse --resume` goes on
+with the dense run's steps, text and learning rates: so a run changes from dense to sparse at half time. The
+formats are in formats/.
 """
 
 import contextlib
@@ -29,7 +32,7 @@ import configurator
 import dictionary
 import files
 from configurator import UserError
-from data.datasets import find_dataset, mean_loss
+from data.datasets import find_dataset, mean_loss, run_words, text_folder
 from data.gguf import is_gguf
 from data.shards import Dataset
 from data.sotu.prepare import embedded
@@ -51,8 +54,11 @@ class ExportConfig:
     form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
     vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
-    factor: Literal["identity", "rotation", "pca", "ica"] | None = None  # basis that a dense E is written in
-    seed: int = 0  # of a random rotation or ICA
+    factor: Literal["identity", "rotation", "pca", "ica", "sparse"] | None = None  # how a dense E is written
+    n_signal: int | None = None  # --factor=sparse: signals; None: 4 n_embd
+    n_nonzero: int = 32  # --factor=sparse: signals of a recipe, on average over all rows
+    n_core: int = 16  # --factor=sparse: rank of the dense part beside the recipes
+    seed: int = 0  # of a random rotation, ICA or the start of a dictionary
     dataset: str = "sotu"  # --from: the text that ambiguities are tried on and the loss is measured on
     sequences: int = 8  # --from: how many validation sequences of it
 
@@ -86,11 +92,11 @@ def is_export(folder):
     return False
 
 
-def save_run(to, step, net, state, tokenizer):
-    """Write `net` with its Tokenizer as the only checkpoint of the run `to`."""
+def save_run(to, step, net, state, tokenizer, moments=None):
+    """Write `net` with its Tokenizer, and an optimiser's moments, as the only checkpoint of the run `to`."""
     weights = {name: weight.contiguous() for name, weight in net.state_dict().items()}
     state = state | tokenizer.entry
-    checkpoint.save(to, step, weights, {}, state, keep=1, best=True, others=tokenizer.files)
+    checkpoint.save(to, step, weights, moments or {}, state, keep=1, best=True, others=tokenizer.files)
 
 
 def import_model(source, to, dataset, n_sequences):
@@ -174,6 +180,69 @@ def factor(net, kind, seed=0):
     return checkpoint.build_model(replace(c, vocab="factored", n_signal=c.n_embd), weights)
 
 
+def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
+    """A sparse ReFlow close to a dense one: mean row, core and a dictionary of the rest (dictionary.sparse).
+
+    counts (n_tokens,): how often each token was seen; tokens weigh by them. Raises UserError.
+    """
+    c = net.config
+    if c.vocab != "dense":
+        raise UserError(f"--factor=sparse takes a dense model, this one is {c.vocab} already")
+    try:
+        config = replace(
+            c, vocab="sparse", n_signal=n_signal or 4 * c.n_embd, n_nonzero=n_nonzero, n_core=n_core
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    E = net.vocab.matrix().detach().double()  # (V, d)
+    seen = torch.zeros(c.vocab_size, dtype=torch.float64)
+    seen[: c.n_tokens] = torch.from_numpy(counts) + 1.0
+    mean = (seen @ E) / seen.sum()
+    rest = E - mean
+    axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, -n_core:].T  # (n_core, d)
+    core = rest @ axes.T  # (V, n_core)
+    found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed)
+    taken = found.codes != 0
+    unspent = n_nonzero * c.vocab_size - int(taken.sum())  # rows that are coded exactly need no more
+    taken.view(-1)[(~taken).flatten().nonzero().flatten()[:unspent]] = True
+    weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
+    weights |= {
+        "vocab.value": found.codes[taken],
+        "vocab.column": taken.nonzero()[:, 1].int(),
+        "vocab.count": taken.sum(1).int(),
+        "vocab.core": core,
+        "vocab.basis": torch.cat([found.atoms.double(), axes, mean[None]]),
+    }
+    print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
+    return checkpoint.build_model(config, weights)
+
+
+def write_sparse(ckpt, to, c):
+    """Write the Checkpoint of a dense run as one of a sparse run, which --resume goes on with. UserError."""
+    net = ckpt.load_model(verified=True)
+    tokenizer = kept(ckpt.path, ckpt.state)
+    counts = run_words(ckpt.path, ckpt.state).counts
+    found = sparse(net, counts, c.n_signal, c.n_nonzero, c.n_core, c.seed)
+    folder = text_folder(ckpt.path, ckpt.state)
+    text = Dataset(folder, "val", net.config.block_size)
+    n = ckpt.train_config.get("eval_sequences", c.sequences)
+    before, after = (mean_loss(model, text, n, 8, torch.device("cpu")) for model in (net, found))
+    print(f"loss {before:.4f} nats per token as a dense model, {after:.4f} as a sparse one")
+    moments = {}
+    if (ckpt.path / checkpoint.WEIGHTS[1]).exists():  # a release has none
+        moments = checkpoint.load_tensors(ckpt.path / checkpoint.WEIGHTS[1])
+    moments = {name: moment for name, moment in moments.items() if not name.startswith("vocab.")}
+    state = ckpt.state | {
+        "config": ckpt.state["config"] | {"model": asdict(found.config)},
+        "val_loss": after,
+        "best_val_loss": after,
+        "whole_val_loss": None,
+        "bits_per_byte": after * text.tokens / text.bytes / math.log(2),
+        "token": None,
+    }
+    save_run(to, ckpt.step, found, state, tokenizer, moments)
+
+
 def main():
     (c,) = configurator.parse(ExportConfig)
     to = Path(c.to).expanduser()
@@ -184,6 +253,8 @@ def main():
     with files.lock(to):  # also an error now, not after the work, if it cannot be written
         if ckpt is None:
             import_model(Path(c.from_).expanduser(), to, c.dataset, c.sequences)
+        elif c.factor == "sparse":
+            write_sparse(ckpt, to, c)
         elif c.factor is not None:
             net = factor(ckpt.load_model(verified=True), c.factor, c.seed)
             config = ckpt.state["config"] | {"model": asdict(net.config)}

@@ -166,6 +166,7 @@ def memory_plan(model, m, c, half, world):
     """{part: bytes} of the peak on one of `world` devices: in the loss, when every activation is alive."""
     n, tokens = sum(p.numel() for p in model.parameters()), c.micro_batch_size * m.block_size
     shards = world if c.parallel == "fsdp" else 1
+    of_muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) * (c.optimizer == "muon")
     layer, chunk = activation_bytes(m, half), min(tokens, model.vocab.chunk)
     layers = m.n_layer * layer
     if c.activation_checkpointing:  # a block at a time, and each one's input
@@ -176,7 +177,7 @@ def memory_plan(model, m, c, half, world):
     plan = {
         "weights, fp32": 4 * n / shards,
         "gradients, fp32": 4 * n / shards,
-        "AdamW moments, fp32": 8 * n / shards,
+        "moments of the optimiser, fp32": (8 * n - 4 * of_muon) / shards,
         "weights in half precision": 2 * n * half,
         "activations": layers * tokens,
         "tokens of two steps": 2 * 2 * 8 * m.block_size * c.batch_size / world,

@@ -67,6 +67,7 @@ class TrainConfig:
     min_lr: float = 6e-5  # learning rate at the end of the cosine
     warmup_steps: int = 100  # linear warm-up from 0
     weight_decay: float = 0.1  # on matrices only
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     beta1: float = 0.9  # AdamW's first-moment decay
     beta2: float = 0.95  # AdamW's second-moment decay
     grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
@@ -100,7 +101,7 @@ class TrainConfig:
 
 # What decides a run's curve: a resumption with another value is allowed, and said.
 CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"}
-CURVE |= {"grad_clip", "seed", "dtype"}
+CURVE |= {"grad_clip", "seed", "dtype", "optimizer"}
 
 
 def learning_rate(step, c):
@@ -116,14 +117,47 @@ def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
+class Together:
+    """Optimisers of different parameters as one; the state of each parameter is in one dictionary."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        self.defaults = parts[0].defaults
+        self.state = parts[0].state
+        for part in parts:
+            part.state = self.state
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
 def make_optimizer(model, c, device):
-    """AdamW (Loshchilov & Hutter, 2019), fused where that exists, with weight decay on matrices only."""
-    parameters = list(model.parameters())
+    """AdamW (Loshchilov & Hutter, 2019), fused where that exists, with weight decay on matrices only.
+
+    Muon (Jordan et al., 2024) for the matrices of the blocks if asked for, its updates in the size of AdamW's
+    (Liu et al., 2502.16982): so both take one learning rate.
+    """
+    of_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and c.optimizer == "muon"]
+    known = set(map(id, of_muon))
+    parameters = [p for p in model.parameters() if id(p) not in known]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
+    adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
+    if not of_muon:
+        return adamw
+    muon = torch.optim.Muon(of_muon, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Together(adamw, muon)
 
 
 def compile_blocks(model, x, y, autocast):
@@ -152,14 +186,15 @@ def compile_blocks(model, x, y, autocast):
 def check_same_run(before, m, c, data_sha256, dtype):
     """Raise UserError unless the checkpoint `before` belongs to this model and data; say what else is new."""
     old = before["config"]
-    if changed := [
-        f"{k}={v} (was {old['model'].get(k)})" for k, v in asdict(m).items() if old["model"].get(k) != v
-    ]:
+    was = asdict(ModelConfig(**old["model"]))  # with defaults for what it did not know yet
+    if changed := [f"{k}={v} (was {was[k]})" for k, v in asdict(m).items() if was[k] != v]:
         raise UserError(f"{c.out_dir} holds another model: {', '.join(changed)}: give another --out_dir")
     if before["data_sha256"] != data_sha256:
         raise UserError(
             f"{c.out_dir} was trained on other data than {c.dataset} holds now: give another --out_dir"
         )
+    if (other := old["train"].get("optimizer", "adamw")) != c.optimizer:
+        raise UserError(f"{c.out_dir} was trained with --optimizer={other}: give another --out_dir")
     then, now = old["train"] | {"dtype": before.get("dtype", dtype)}, asdict(c) | {"dtype": dtype}
     for key, value in now.items():
         if key in CURVE and value != then.get(key):
@@ -268,6 +303,10 @@ def train(m, c, run):
         raise UserError(f"batch_size={c.batch_size} must be a multiple of {share}")
     accumulate = c.batch_size // (world * c.micro_batch_size)
 
+    sharded = world > 1 and c.parallel == "fsdp"
+    if sharded and c.optimizer == "muon":
+        raise UserError("--optimizer=muon needs whole matrices: give --parallel=ddp")
+
     # -- devices and precision
     device = pick_device(c.device)
     if device.type == "cuda":
@@ -304,7 +343,6 @@ def train(m, c, run):
     raw.activation_checkpointing = c.activation_checkpointing
     if c.compile:
         compile_blocks(raw, *(t.to(device) for t in train_set.windows(0, c.micro_batch_size)), autocast)
-    sharded = world > 1 and c.parallel == "fsdp"
     if sharded:
         from torch.distributed.fsdp import fully_shard  # takes most of a second to import
 
@@ -312,7 +350,8 @@ def train(m, c, run):
             fully_shard(block)
         fully_shard(raw)
     elif world > 1:
-        model = DistributedDataParallel(raw, gradient_as_bucket_view=True)  # a view: gradients are held once
+        # A view: gradients are held once. Buffers, the places of a sparse vocabulary, never change.
+        model = DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
     optimizer = make_optimizer(raw, c, device)
 
     # -- where the run is

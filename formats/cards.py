@@ -63,8 +63,12 @@ def describe_vocabulary(config):
     """A phrase for the vocabulary of a ModelConfig."""
     if config.vocab == "dense":
         return "its vocabulary one dense matrix"
-    sparse = f", {config.top_k} to a token" if config.vocab == "topk" else ""
-    return f"its vocabulary a product of recipes and {config.signals} signals{sparse}"
+    more = {
+        "topk": f", {config.top_k} to a token",
+        "sparse": f", {config.n_nonzero} to a token on average, beside a dense core of rank {config.n_core}",
+        "gains": " with gains of their own at the input",
+    }
+    return f"its vocabulary a product of recipes and {config.signals} signals{more.get(config.vocab, '')}"
 
 
 def describe_origin(ckpt):

@@ -223,12 +223,14 @@ def write_gguf(ckpt, to, dtype="fp16"):
         raise UserError(
             f"--dtype=q8_0 needs rows of a multiple of {BLOCK_SIZE} numbers, this model's have {wide}"
         )
-    weights = net.state_dict() | {"vocab.weight": folded(net)[: tokenizer.n_tokens]}
+    E_in, E_out = (E[: tokenizer.n_tokens] for E in folded(net))
+    weights = net.state_dict() | {"vocab.weight": E_in, "head": E_out}
     with writing(to, "llama") as writer:
         writer.add_name(ckpt.name)
         describe(writer, c, tokenizer, FILE_TYPES[dtype])
         add_tokenizer(writer, tokenizer, ckpt.state)
-        for ours, name in names(c.n_layer).items():
+        heads = {"head": "output.weight"} if c.vocab == "gains" else {}
+        for ours, name in (names(c.n_layer) | heads).items():
             weight = weights[ours].float().numpy()
             add_tensor(writer, name, weight, TYPES[dtype] if weight.ndim == 2 else "F32")
 

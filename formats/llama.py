@@ -22,6 +22,7 @@ from hardware import DTYPES
 from model import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 BLOCK = {  # our name of a block's weight: Llama's
     "norm1": "input_layernorm",
     "attn.q": "self_attn.q_proj",
@@ -115,7 +116,7 @@ def llama_config(c, dtype, bos=END_OF_TEXT, eos=END_OF_TEXT):
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},  # transformers 5
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.vocab != "gains",
         "bos_token_id": bos,
         "eos_token_id": eos,
         "dtype": str(dtype).removeprefix("torch."),
@@ -135,15 +136,27 @@ def generation_config(c, bos, eos):
 
 
 def folded(net):
-    """E (V, d) of a ReFlow; a product is formed in fp64, so that it is rounded once."""
-    E = net.vocab.recipes().detach()  # (V, d) of a dense vocabulary, else (V, S)
-    return E if net.config.vocab == "dense" else E.double() @ net.vocab.basis.detach().double()
+    """(E at the input, E at the output), (V, d) each, of a ReFlow: the same one unless its input has gains.
+
+    A product is formed in fp64, so that it is rounded once. Raises UserError for what no Llama computes.
+    """
+    if net.config.reinject:
+        raise UserError(
+            "reinject=True adds the embedding before every block: no Llama does, only --form=reflow keeps it"
+        )
+    recipes = net.vocab.recipes().detach()  # (V, d) of a dense vocabulary, else (V, S)
+    if net.config.vocab == "dense":
+        return recipes, recipes
+    recipes, basis = recipes.double(), net.vocab.basis.detach().double()
+    E = recipes @ basis
+    return (recipes * net.vocab.gain[0].detach().double()) @ basis if net.config.vocab == "gains" else E, E
 
 
 def llama_weights(net, dtype):
     """{Llama's name: weight} of a ReFlow, in `dtype`."""
     ours = net.state_dict()
-    weights = {EMBEDDING: folded(net)}
+    E_in, E_out = folded(net)
+    weights = {EMBEDDING: E_in} | ({} if E_in is E_out else {HEAD: E_out})
     for name, theirs in llama_names(net.config.n_layer).items():
         is_rotary = name.endswith(ROTARY)
         weights[theirs] = to_halves(ours[name], net.config.head_dim) if is_rotary else ours[name]
@@ -153,12 +166,14 @@ def llama_weights(net, dtype):
 def signal_weights(net):
     """What folding would lose: `recipes` (V, S), as the model uses them, and `basis` (S, d).
 
-    A topk vocabulary adds `recipe`, the parameter before ReLU and Top-K.
+    Beside them what else the vocabulary holds: of a topk one `recipe`, before ReLU and Top-K; of a sparse one
+    its entries, their places and the core; of one with gains these.
     """
     weights = {"recipes": net.vocab.recipes().detach().contiguous(), "basis": net.vocab.basis.detach()}
-    if net.config.vocab == "topk":
-        weights["recipe"] = net.vocab.recipe.detach()
-    return weights
+    others = net.vocab.state_dict()
+    if net.config.vocab != "topk":
+        others.pop("recipe", None)  # it is `recipes`
+    return others | weights
 
 
 def write_tokenizer(folder, block_size, tokenizer, ends, template=None):
@@ -199,10 +214,10 @@ def read_llama(folder):
     check_settings(settings, folder)
     tokenizer = read_tokenizer(folder)
     config = fitted(model_config(settings, folder), tokenizer, folder)
-    weights = read_weights(folder, files, config)
-    E = weights.pop("vocab.weight")
-    config, vocabulary = read_vocabulary(folder, config, settings.get("reflow", {}), E)
-    weights = {name: weight.float() for name, weight in (weights | vocabulary).items()}
+    weights = read_weights(folder, files, config, has_gains(settings))
+    E, head = weights.pop("vocab.weight"), weights.pop(HEAD, None)
+    config, vocabulary = read_vocabulary(folder, config, settings.get("reflow", {}), E, head)
+    weights = {name: checkpoint.to_fp32(weight) for name, weight in (weights | vocabulary).items()}
     return Imported(config, weights, tokenizer, chat_template(folder, settings))
 
 
@@ -236,6 +251,11 @@ def read_json(path):
     return value
 
 
+def has_gains(settings):
+    """Whether config.json is of an export whose input and output differ by gains of the signals."""
+    return settings.get("reflow", {}).get("vocab") == "gains"
+
+
 def check_settings(settings, folder):
     """UserError that names the first thing in config.json that a reFlow cannot compute."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
@@ -244,7 +264,7 @@ def check_settings(settings, folder):
         ("hidden_act", settings.get("hidden_act", "silu"), "silu"),
         ("attention_bias", settings.get("attention_bias", False), False),
         ("mlp_bias", settings.get("mlp_bias", False), False),
-        ("tie_word_embeddings", settings.get("tie_word_embeddings", False), True),
+        ("tie_word_embeddings", settings.get("tie_word_embeddings", False), not has_gains(settings)),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
         if value != wanted:
@@ -371,17 +391,20 @@ def note_changes(folder, paths):
             print(f"{path} is not what was exported, by {HASHES}: changed since, or damaged")
 
 
-def read_weights(folder, files, config):
-    """{our name: weight} of these files of a folder, in the precision they are stored in. UserError."""
+def read_weights(folder, files, config, untied=False):
+    """{our name: weight} of these files of a folder, in the precision they are stored in. UserError.
+
+    The head is left out, unless it is `untied`, a matrix of its own.
+    """
     theirs = {}
     for path in files:
         theirs |= checkpoint.load_tensors(path)
-    head = theirs.pop("lm_head.weight", None)
+    head = theirs.pop(HEAD, None)
     names = {"vocab.weight": EMBEDDING} | llama_names(config.n_layer)
     missing = [name for name in names.values() if name not in theirs]
     if missing:
         raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} in all)")
-    if head is not None and not torch.equal(head, theirs[EMBEDDING]):
+    if head is not None and not untied and not torch.equal(head, theirs[EMBEDDING]):
         raise UserError(f"{folder}: lm_head is not tied to the embedding: not supported")
     unknown = [name for name in theirs if name not in names.values() and "rotary_emb" not in name]
     if unknown:
@@ -390,27 +413,45 @@ def read_weights(folder, files, config):
     for name in ours:
         if name.endswith(ROTARY):
             ours[name] = to_pairs(ours[name], config.head_dim)
-    return ours
+    return ours | ({HEAD: head} if untied and head is not None else {})
 
 
-def read_vocabulary(folder, config, original, E):
+def read_vocabulary(folder, config, original, E, head=None):
     """(ModelConfig, {our name: weight}) with recipes and basis of reflow.safetensors, if they still give E.
 
-    `original` is the ModelConfig that was exported, as a dict. E (V, d) comes as it is stored. It stays dense
-    without such a file, and where somebody has trained it since the export.
+    `original` is the ModelConfig that was exported, as a dict. E (V, d) comes as it is stored, `head` (V, d)
+    beside it if the output has a matrix of its own. It stays dense without such a file, and where somebody
+    has trained it since the export; UserError then, if the two differ.
     """
     path = folder / "reflow.safetensors"
-    if not path.exists() or original.get("vocab") not in ("factored", "topk"):
+    kind = original.get("vocab")
+    if not path.exists() or kind not in ("factored", "topk", "sparse", "gains"):
+        if head is not None:
+            raise UserError(f"{folder}: {HEAD} is not tied to the embedding: not supported")
         print("vocabulary: dense")
         return config, {"vocab.weight": E}
     extra = checkpoint.load_tensors(path)
-    recipes = extra["recipes"]  # (V, S)
+    recipes = extra.pop("recipes")  # (V, S)
     basis = extra["basis"]  # (S, d)
-    product = recipes.double() @ basis.double()
-    eps = torch.finfo(E.dtype).eps
-    if product.shape != E.shape or (product - E.double()).norm() > eps * E.double().norm():
-        print(f"vocabulary: dense: {path} does not give the embedding, which was changed since")
+    gains = extra["gain.0"].double() if kind == "gains" else 1.0
+    pairs = [(E, recipes.double() * gains)] + ([] if head is None else [(head, recipes.double())])
+    if not all(is_product(stored, codes @ basis.double()) for stored, codes in pairs):
+        changed = f"{path} does not give the embedding, which was changed since"
+        if head is not None:
+            raise UserError(f"{changed}; {HEAD} is not tied to it: not supported")
+        print(f"vocabulary: dense: {changed}")
         return config, {"vocab.weight": E}
-    print(f"vocabulary: {original['vocab']}, from {path}")
-    config = replace(config, **{key: original[key] for key in ("vocab", "n_signal", "top_k")})
-    return config, {"vocab.recipe": extra.get("recipe", recipes), "vocab.basis": basis}
+    print(f"vocabulary: {kind}, from {path}")
+    fields = ("vocab", "n_signal", "top_k", "n_nonzero", "n_core")
+    config = replace(config, **{key: original[key] for key in fields if key in original})
+    if kind in ("factored", "gains"):
+        extra["recipe"] = recipes
+    return config, {f"vocab.{name}": weight for name, weight in extra.items()}
+
+
+def is_product(stored, product):
+    """Whether a matrix, as it is stored, is this one (fp64) up to its precision."""
+    if product.shape != stored.shape:
+        return False
+    eps = torch.finfo(stored.dtype).eps
+    return (product - stored.double()).norm() <= eps * stored.double().norm()

@@ -21,7 +21,10 @@ KEPT = ("step", "config", "data_sha256", "dtype", *LOSSES)  # of state.json
 def write_release(ckpt, to, dtype="fp32"):
     """Write the Checkpoint `ckpt` to the folder `to`, its weights in `dtype`. Raises UserError."""
     net = ckpt.load_model(verified=True)
-    weights = {name: weight.to(DTYPES[dtype]).contiguous() for name, weight in net.state_dict().items()}
+    weights = {}
+    for name, weight in net.state_dict().items():
+        whole = weight.to(DTYPES[dtype]) if weight.is_floating_point() else weight  # places are integers
+        weights[name] = whole.contiguous()
     with checkpoint.whole_folder(to) as folder:
         save_file(weights, folder / "model.safetensors")
         write_counts(ckpt, folder)

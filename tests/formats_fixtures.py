@@ -22,6 +22,8 @@ KINDS = {
     "factored": {"n_signal": 24},
     "wide": {"n_signal": 40, "rope_base": 500.0, "norm_eps": 1e-4},
     "topk": {"vocab": "topk", "n_signal": 24, "top_k": 5},
+    "sparse": {"vocab": "sparse", "n_signal": 40, "n_nonzero": 4, "n_core": 3},
+    "gains": {"vocab": "gains", "n_signal": 24},
     "dense": {"vocab": "dense"},
     "gqa": {"n_kv_head": 2, "block_size": 1024},
 }

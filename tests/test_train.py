@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import checkpoint
 import configurator
+import export
 import files
 import train
 from configurator import UserError
@@ -222,12 +223,17 @@ class Crash(BaseException):
     """The process dies here."""
 
 
+SPARSE = ["--vocab=sparse", "--n_signal=48", "--n_nonzero=4", "--n_core=2"]
+GAINS = ["--vocab=gains", "--reinject=True"]
 PRECISIONS = {
     "fp32": ["--dtype=fp32"],
     "fp32 dropout": ["--dtype=fp32", "--dropout=0.1"],
     "bf16 dropout": ["--dtype=bf16", "--dropout=0.1"],
     "fp16 after an overflow": ["--dtype=fp16"],
     "recomputed": ["--dtype=fp32", "--dropout=0.1", "--activation_checkpointing"],
+    "muon": ["--dtype=fp32", "--optimizer=muon"],
+    "sparse": ["--dtype=fp32", *SPARSE],
+    "gains": ["--dtype=fp32", *GAINS],
 }
 
 
@@ -435,6 +441,54 @@ def test_fsdp_gives_the_same_curve_and_the_same_files(tiny, tmp_path, fork, curv
     assert_close(split, curve, 1e-4)
     again = parallel(fork, tiny, rewound(run, 4, tmp_path / "again"), *CURVE, *sharded, "--resume")
     assert_same(again, run)
+
+
+@pytest.mark.parametrize("kind", [SPARSE, GAINS], ids=["sparse", "gains"])
+def test_other_vocabularies_on_two_processes(tiny, tmp_path, fork, kind):
+    """Replicated or sharded, the curve of one process."""
+    alone = go(tiny, tmp_path / "alone", *CURVE, *kind, "--micro_batch_size=8")
+    for how in ("ddp", "fsdp"):
+        options = [*CURVE, *kind, "--micro_batch_size=2", f"--parallel={how}"]
+        assert_close(parallel(fork, tiny, tmp_path / how, *options), alone, 1e-4)
+
+
+def test_muon_on_two_processes(tiny, tmp_path, fork, monkeypatch):
+    """The curve of one process; it is refused where matrices are sharded, and for a run of AdamW."""
+    muon = [*CURVE, "--optimizer=muon"]
+    alone = go(tiny, tmp_path / "alone", *muon, "--micro_batch_size=8")
+    assert_close(parallel(fork, tiny, tmp_path / "two", *muon, "--micro_batch_size=2"), alone, 1e-3)
+    with pytest.raises(UserError, match="trained with --optimizer=muon"):
+        go(tiny, alone, "--resume", "--optimizer=adamw")
+    monkeypatch.setattr(train, "processes", lambda: (0, 0, 2))
+    with pytest.raises(UserError, match="give --parallel=ddp"):
+        go(tiny, tmp_path / "sharded", *muon, "--micro_batch_size=2", "--parallel=fsdp")
+
+
+def test_muon_turns_the_matrices_of_blocks_alone():
+    """Its first update is nearly orthogonal, as long as AdamW's; all other parameters get AdamW's."""
+    c = train.TrainConfig(out_dir="", weight_decay=0.0, lr=0.01)
+    models = {}
+    for name in ("adamw", "muon"):
+        torch.manual_seed(0)
+        models[name] = ReFlow(
+            ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=32, n_hidden=32, vocab_size=64)
+        )
+        optimizer = train.make_optimizer(
+            models[name], dataclasses.replace(c, optimizer=name), torch.device("cpu")
+        )
+        start = {key: p.detach().clone() for key, p in models[name].named_parameters()}
+        idx, y = torch.randint(64, (2, 64, 8), generator=torch.Generator().manual_seed(1))
+        models[name](idx, y)[1].backward()
+        optimizer.step()
+        listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(listed) == sorted(map(id, models[name].parameters()))
+    for key, p in models["muon"].named_parameters():
+        update = (p - start[key]).detach()
+        if key.startswith("blocks.") and p.dim() == 2:
+            s = torch.linalg.svdvals(update)
+            assert s.max() < 3 * s.median() and 0.1 < update.square().mean().sqrt() / c.lr < 0.4, key
+        else:
+            assert torch.equal(p, dict(models["adamw"].named_parameters())[key]), key
 
 
 @pytest.mark.parametrize("how", FAULTS)
@@ -807,13 +861,22 @@ def test_loggers(tiny, tmp_path, monkeypatch, logger, module):
         go(tiny, tmp_path / "other", f"--logger={logger}")
 
 
-@pytest.mark.parametrize("vocab", ["factored", "topk", "dense"])
+@pytest.mark.parametrize("vocab", ["factored", "topk", "sparse", "gains", "dense"])
 def test_only_matrices_decay(vocab):
     """Every parameter is in one group, once; those with a weight decay are the ones with two axes."""
     c = train.TrainConfig(out_dir="", weight_decay=0.3)
     model = ReFlow(
         ModelConfig(
-            block_size=8, n_layer=2, n_head=2, n_embd=8, n_hidden=8, vocab_size=32, vocab=vocab, top_k=2
+            block_size=8,
+            n_layer=2,
+            n_head=2,
+            n_embd=8,
+            n_hidden=8,
+            vocab_size=32,
+            vocab=vocab,
+            top_k=2,
+            n_nonzero=2,
+            n_core=2,
         )
     )
     groups = train.make_optimizer(model, c, torch.device("cpu")).param_groups
@@ -821,7 +884,7 @@ def test_only_matrices_decay(vocab):
     assert sorted(listed) == sorted(map(id, model.parameters()))
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
-        assert decays[id(p)] == (0.0 if "norm" in name else 0.3), name
+        assert decays[id(p)] == (0.0 if p.dim() < 2 else 0.3), name
 
 
 def test_learning_rate():
@@ -859,6 +922,34 @@ def test_dry_run(config, tmp_path, monkeypatch, capsys):
         total = sum(p.numel() for p in ReFlow(m).parameters())
     assert f" {total:,} parameters" in out and "GiB" in out and "4 x T4" in out
     assert not list(tmp_path.iterdir()) and before == (sorted(ROOT.glob("*")), sorted(ROOT.glob("data/*/*")))
+
+
+def test_a_dense_run_goes_on_with_sparse_recipes(tiny, tmp_path, capsys):
+    """Half of the steps dense, a dictionary, the other half sparse: the same text and learning rates; the
+    blocks keep their moments; places stay as the dictionary has them; loss goes on falling."""
+    dense, to = go(tiny, tmp_path / "dense", "--vocab=dense", "--keep=9"), tmp_path / "sparse"
+    options = ["--factor=sparse", "--n_signal=48", "--n_nonzero=6", "--n_core=4", f"--to={to}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export.py", f"--run={dense / 'step_000004'}", *options])
+        export.main()
+        said = capsys.readouterr().out
+        patch.setattr(sys, "argv", ["train.py", f"--out_dir={to}", "--resume"])
+        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+        train.main()
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert "as a dense model" in said and "resumed" in capsys.readouterr().out
+    assert column(to, "lr") == {k: v for k, v in column(dense, "lr").items() if k > 4}
+    weights, later = (checkpoint.load_tensors(to / f"step_{n:06d}/model.safetensors") for n in (4, 12))
+    ours, theirs = (checkpoint.load_tensors(run / "step_000004/optimizer.safetensors") for run in (to, dense))
+    assert ours and all(torch.equal(moment, theirs[name]) for name, moment in ours.items())
+    assert not any(name.startswith("vocab.") for name in ours)
+    assert torch.equal(weights["vocab.column"], later["vocab.column"])
+    assert torch.equal(weights["vocab.count"], later["vocab.count"])
+    assert len(weights["vocab.column"]) == 6 * 320 == weights["vocab.count"].sum()
+    assert not torch.equal(weights["vocab.value"], later["vocab.value"])
+    first, last = (json.loads((to / f"step_{n:06d}/state.json").read_text()) for n in (4, 12))
+    assert last["val_loss"] < first["val_loss"] < 1.2 * column(dense, "val_loss")[4]
 
 
 def test_init_from(tiny, tmp_path):
