@@ -195,7 +195,7 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     except ValueError as error:
         raise UserError(str(error)) from None
     E = net.vocab.matrix().detach().double()  # (V, d)
-    seen = torch.zeros(c.vocab_size, dtype=torch.float64)
+    seen = torch.zeros(c.rows, dtype=torch.float64)
     seen[: c.n_tokens] = torch.from_numpy(counts) + 1.0
     mean = (seen @ E) / seen.sum()
     rest = E - mean
@@ -203,7 +203,7 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     core = rest @ axes.T  # (V, n_core)
     found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed)
     taken = found.codes != 0
-    unspent = n_nonzero * c.vocab_size - int(taken.sum())  # rows that are coded exactly need no more
+    unspent = n_nonzero * c.rows - int(taken.sum())  # rows that are coded exactly need no more
     taken.view(-1)[(~taken).flatten().nonzero().flatten()[:unspent]] = True
     weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
     weights |= {
