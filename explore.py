@@ -26,12 +26,12 @@ from tqdm import tqdm
 import checkpoint
 import configurator
 import files
+import metrics
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
 from experiments.lab.report import plain
 from experiments.report import read_results, sort_results
 
-MOST_POINTS = 300  # of a training curve
 SNAPSHOT_TOKENS = 500
 MODULES = (
     "dom.js",
@@ -59,18 +59,6 @@ class ExploreConfig:
         configurator.check(self, "0 <= port <= 65535")
 
 
-def curves(ckpt):
-    """{quantity: [[step, value]]} of metrics.jsonl, thinned; {} without it."""
-    path = ckpt.run / "metrics.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = {}
-    for row in (json.loads(row) for row in rows if row.endswith("}")):
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                found.setdefault(key, []).append([row["step"], value])
-    return {key: points[:: -(-len(points) // MOST_POINTS)] for key, points in found.items()}
-
-
 def record_of(ckpt):
     """The claims of a Checkpoint's record, what is left out, and its training curves, as JSON."""
     results, left_out = read_results(ckpt.results)
@@ -82,7 +70,7 @@ def record_of(ckpt):
         "claims": claims,
         "left_out": left_out | others,
         "again": f"python experiments/run_all.py --run={files.shortest(ckpt.run)}",
-        "curves": curves(ckpt),
+        "curves": metrics.curves(ckpt.run),
     }
 
 

@@ -7,6 +7,9 @@ import importlib
 import json
 import math
 
+import torch
+from safetensors import safe_open
+
 import checkpoint
 from configurator import UserError
 
@@ -15,6 +18,63 @@ REMEDY = {
     "trackio": "it writes to ~/.cache/huggingface/trackio, or to the folder in TRACKIO_DIR",
     "tensorboard": "its files go to the run's folder",
 }
+
+
+MOST_POINTS = 300  # of a curve
+SAMPLE = 2048  # recipes, evenly spaced, of the statistics of signals
+DEAD = 0.01  # of the mean usage: a signal used less is dead
+
+
+class SignalStatistics:
+    """What training does to the signals of a vocabulary, for a row of metrics.jsonl at an evaluation.
+
+    None of them depends on the data. They describe the learned factors: a rotation changes all but the
+    effective rank, so they are no evidence that signals mean something.
+    """
+
+    def __init__(self, vocab, n_tokens, start=None):
+        """`start`: the file of the weights of step 0; None: they are those of the vocabulary now."""
+        self.vocab = vocab
+        self.index = torch.linspace(0, n_tokens - 1, min(SAMPLE, n_tokens)).long()
+        self.start = None
+        if start is None:
+            self.start = self.sample(vocab.recipe)
+        elif start.exists():
+            with safe_open(start, "pt") as weights:
+                self.start = self.sample(weights.get_tensor("vocab.recipe"))
+
+    def sample(self, recipe):
+        """The sampled rows of a recipe matrix (V, S), (n, S), fp32."""
+        return recipe.detach()[self.index.to(recipe.device)].float()
+
+    @torch.no_grad()
+    def measure(self):
+        """{name: value}.
+
+        signal_gini: Gini coefficient of the sizes in a recipe, mean (Hurley & Rickard, 0811.4706).
+        dead_signals: share of signals whose squared codes are below DEAD of the mean. basis_rank: effective
+        rank of the basis, exp of the entropy of its singular values (Roy & Vetterli, 2007).
+        signal_change: how far the recipes are from step 0, relative to their length there; None
+        without a step 0.
+        """
+        recipes, basis = self.sample(self.vocab.recipe), self.vocab.basis.detach().float()
+        change = None
+        if self.start is not None:
+            change = ((recipes - self.start.to(recipes)).norm() / self.start.norm()).item()
+        if hasattr(self.vocab, "sparsify"):  # what a sparse vocabulary keeps of them
+            recipes = self.vocab.sparsify(recipes)
+        sizes, n = recipes.abs().sort(1).values, recipes.size(1)
+        weight = (2 * torch.arange(1, n + 1, device=sizes.device) - n - 1) / n  # (S,)
+        gini = (sizes @ weight / sizes.sum(1).clamp(min=1e-30)).mean()
+        usage = recipes.square().mean(0) * basis.square().sum(1)  # (S,)
+        singular = torch.linalg.eigvalsh(basis.T @ basis).clamp(min=0).sqrt()  # (d,)
+        share = singular / singular.sum().clamp(min=1e-30)
+        return {
+            "signal_gini": gini.item(),
+            "dead_signals": (usage < DEAD * usage.mean()).float().mean().item(),
+            "basis_rank": torch.special.entr(share).sum().exp().item(),
+            "signal_change": change,
+        }
 
 
 class Metrics:
@@ -43,6 +103,18 @@ class Metrics:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.send(row)
+
+
+def curves(run):
+    """{quantity: [[step, value]]} of a run's metrics.jsonl, thinned to MOST_POINTS each; {} without it."""
+    path = run / "metrics.jsonl"
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = {}
+    for row in (json.loads(row) for row in rows if row.endswith("}")):
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                found.setdefault(key, []).append([row["step"], value])
+    return {key: points[:: -(-len(points) // MOST_POINTS)] for key, points in found.items()}
 
 
 def tracker_id(run, token):

@@ -52,7 +52,7 @@ from hardware import (
     processes,
     trace_steps,
 )
-from metrics import Metrics
+from metrics import Metrics, SignalStatistics
 from model import ModelConfig, ReFlow
 
 
@@ -377,6 +377,12 @@ def train(m, c, run):
         run.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step, token)
 
+    # Under FSDP no process holds the signals.
+    statistics = None
+    if first and m.vocab != "dense" and not sharded:
+        start = run / "step_000000" / checkpoint.WEIGHTS[0] if step else None
+        statistics = SignalStatistics(raw.vocab, m.n_tokens, start)
+
     def save(is_best):
         weights, moments = checkpoint.gather_state(raw, optimizer)  # on every process
         if first:
@@ -401,7 +407,8 @@ def train(m, c, run):
     def validate(n_sequences, key="val_loss"):
         loss = mean_loss(raw, val_set, n_sequences, c.micro_batch_size, device, autocast, rank, world)
         if first:
-            metrics.write(step=step, **{key: loss})
+            about_signals = statistics.measure() if statistics and key == "val_loss" else {}
+            metrics.write(step=step, **{key: loss}, **about_signals)
         return loss
 
     def show(loss):

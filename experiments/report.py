@@ -1,5 +1,5 @@
 """
-One self-contained HTML page of a run's experiments: verdicts, figures, galleries.
+One self-contained HTML page of a run: what holds in words, claims, figures, a card for each signal.
 
     python experiments/report.py                  the newest run with signals
     python experiments/report.py --run=out/reflow-1
@@ -21,16 +21,19 @@ from shlex import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import threads
+from tqdm import tqdm
 
 import checkpoint
 import configurator
 import files
+import metrics
 from configurator import UserError
-from experiments.lab.claims import PLURAL
-from experiments.lab.lab import check_writable, results_folder, run_identity
+from experiments.lab.lab import Lab, LabConfig, check_writable, results_folder, run_identity
 from experiments.lab.report import LOOKS, code_sha256, method
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
+from explorer import report as parts_of
+from explorer.cards import Cards
 from files import file_sha256
 
 
@@ -38,24 +41,6 @@ from files import file_sha256
 class ReportConfig:
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     results: str | None = None  # the folder that was given to the experiments; None: the run's own
-
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
-img { width: 100%; background: #fff; border-radius: 4px; margin: 1rem 0 0; }
-pre { overflow-x: auto; background: var(--soft); padding: .75rem; border-radius: 4px; font-size: .8rem; }
-.v { white-space: nowrap; border-radius: 1rem; padding: .1rem .6rem; font-size: .8rem; color: #fff; }
-.supported { background: #007a55; } .not { background: #b04a00; }
-.inconclusive, .description { background: #666; }
-.mark { border-left: 4px solid #b04a00; padding-left: .75rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-"""
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -132,46 +117,6 @@ def spell(options):
 # The page
 
 
-def number(estimate):
-    """An Estimate as HTML: value and interval."""
-    if estimate.value is None:
-        return "&ndash;"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3g}"
-    return f"{estimate.value:.3g} <small>[{estimate.low:.3g}, {estimate.high:.3g}]</small>"
-
-
-def badge(verdict):
-    return f'<span class="v {verdict.split()[0]}">{escape(verdict)}</span>'
-
-
-def summary(results):
-    """The table of all claims."""
-    rows = []
-    for name, result in results.items():
-        for claim in result.claims:
-            values = dict(claim.controls)
-            if claim.gauges is not None:
-                values = {f"{claim.n_gauges} {PLURAL[claim.gauge]} (range)": claim.gauges} | values
-            controls = "<br>".join(f"{escape(k)}: {number(v)}" for k, v in values.items())
-            measured = number(claim.measured)
-            if claim.outcomes:  # what follows is of the weakest of them
-                ways = [f"{way}: {number(outcome.measured)}" for way, outcome in claim.outcomes.items()]
-                measured = "<br>".join(ways)
-                controls = f"{escape(claim.decided_by)}:<br>{controls}"
-            published = f"<br><small>published: {escape(claim.published)}</small>" if claim.published else ""
-            link = f'<a href="#{name}">{name}</a>'
-            cells = [
-                ("", f"{link}<br><small>{claim.kind}</small><br>{badge(claim.verdict)}"),
-                ("", escape(claim.claim) + published),
-                (" class=n", measured),
-                (" class=n", controls),
-            ]
-            rows.append("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in cells) + "</tr>")
-    head = "<tr><th>experiment</th><th>claim</th><th>measured</th><th>controls</th></tr>"
-    return f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
-
-
 def command(text):
     return f"<code>{escape(text)}</code>"
 
@@ -182,7 +127,8 @@ def picture(figure, folder, again):
     if not path.exists():
         return f"<p class=mark>The figure {escape(figure.file)} is missing. Run {command(again)}</p>"
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(figure.title)}" src="data:image/png;base64,{data}">'
+    return f"<div class=scroll>{image}</div>"
 
 
 def section(result, folder, place):
@@ -201,7 +147,7 @@ def section(result, folder, place):
         parts.append(f"<p class=mark>Made by an earlier version of the code. Run {command(again)}</p>")
     parts.append("<ul>")
     for claim in result.claims:
-        verdict = "" if result.options else badge(claim.verdict)
+        verdict = "" if result.options else parts_of.badge(claim.verdict)
         parts.append(
             f"<li>{verdict} {escape(claim.claim)}<br><small>{escape(claim.reason)}; "
             f"n = {claim.n} {escape(claim.unit)} of one model</small></li>"
@@ -254,8 +200,11 @@ def look_part(looks, left_out, folder, place):
     )
 
 
-def page(ckpt, folder, record, left_out, looks, looks_left_out):
-    """The page of the results in a folder, as text. record, looks {name: Result}, left out {name: reason}."""
+def page(ckpt, folder, record, left_out, looks, looks_left_out, cards=None):
+    """The page of the results in a folder, as text. record, looks {name: Result}, left out {name: reason}.
+
+    `cards`: the Cards of the run's signals, or why there are none.
+    """
     place = place_of(ckpt)
     losses = {}
     for result in record.values():
@@ -265,23 +214,49 @@ def page(ckpt, folder, record, left_out, looks, looks_left_out):
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "not supported", "inconclusive"))
     described = f" {len(claims) - len(verdicts)} descriptions." if len(verdicts) < len(claims) else ""
     sections = "".join(section(result, folder / name, place) for name, result in record.items())
+    curves = parts_of.training(metrics.curves(ckpt.run)) or "<p>No metrics.jsonl lies beside this run.</p>"
+    signals = f"<p>{escape(str(cards))}</p>" if not isinstance(cards, Cards) else parts_of.signal_list(cards)
+    entries = {"summary": "What holds, in words", "claims": "All claims", "training": "Training"}
+    entries |= {name: name.replace("_", " ") for name in record}
+    entries |= {"signals": "A card for each signal", "glossary": "Glossary"}
+    contents = "".join(f'<li><a href="#{key}">{text}</a></li>' for key, text in entries.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(ckpt.name)}: experiments</title><style>{STYLE}</style></head><body>
+<title>{escape(ckpt.name)}: experiments</title><style>{parts_of.STYLE}</style></head><body>
 <h1>{escape(ckpt.name)}, step {ckpt.step:,}: what survives its controls</h1>
 <p>Validation loss, nats per token: {", ".join(f"{k} {v:.3f}" for k, v in losses.items())}.
 {len(verdicts)} claims: {counts}.{described}</p>
+<nav aria-label="contents"><ul>{contents}</ul></nav>
+<h2 id="summary">What holds, in words</h2>{parts_of.in_words(claims)}
+<h2 id="claims">All claims</h2>
 <p>An <b>effect</b> claim is supported if the 95 % bootstrap interval of its gain over every chance control
 lies above zero; a <b>signals</b> claim if the learned dictionary ranks in the best 5 % of itself and at least
 19 random rotations (they leave the model's function unchanged) and beats every rival (PCA, ICA, ...). Not
 supported means that these data do not show it. A <b>gauge</b> line describes a measure of cosines, which
 cannot see axes, in other spaces and in random changes of gauge. It has no verdict.</p>
-{notices(record, left_out, place)}{summary(record)}
+{notices(record, left_out, place)}{parts_of.claim_list(claims)}
+<h2 id="training">Training</h2><div class=figures>{curves}</div>
 {sections}
+<h2 id="signals">A card for each signal</h2>
+<p>What a signal promotes and suppresses, and where in held-out text it is strongest, beside the signal of a
+random rotation that has the same rank by usage. What both show says nothing about the learned signals.
+<code>python explore.py --run={place}</code> shows them on a prompt of your own.</p>{signals}
+<h2 id="glossary">Glossary</h2>{parts_of.glossary()}
 {look_part(looks, looks_left_out, folder / LOOKS, place)}
-</body></html>
+<script>{parts_of.SCRIPT}</script></body></html>
 """
+
+
+def cards_of(ckpt, results):
+    """The Cards of a run with their contexts, or why there are none."""
+    try:
+        cards = Cards(Lab(LabConfig(run=str(ckpt.path if ckpt.named else ckpt.run), results=results)))
+    except UserError as reason:
+        return str(reason)
+    with tqdm(desc="contexts", disable=None) as bar:
+        cards.read_contexts(lambda done, total: (bar.reset(total), bar.update(done)))
+    return cards
 
 
 def place_of(ckpt):
@@ -308,7 +283,8 @@ def main():
         raise UserError(f"no results of this run in {folder}{''.join(first)}: {again}")
     check_writable(folder)
     path = folder / "report.html"
-    checkpoint.write_atomically(path, page(ckpt, folder, record, left_out, looks, looks_left_out))
+    cards = cards_of(ckpt, c.results)
+    checkpoint.write_atomically(path, page(ckpt, folder, record, left_out, looks, looks_left_out, cards))
     print(f"{path}: {len(record)} experiments, {path.stat().st_size / 1e6:.1f} MB")
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")

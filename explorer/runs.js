@@ -9,7 +9,7 @@ const RUNS_METHOD = [
   "One run is one model: intervals count words or prompts, not seeds. A red line marks a claim whose verdict differs between the two runs.",
 ];
 const CURVES = { val_loss: "validation loss, nats per token", loss: "training loss, nats per token", grad_norm: "gradient norm", lr: "learning rate",
-  signal_gini: "Gini coefficient of the recipes", dead_signals: "share of dead signals", basis_rank: "effective rank of the basis, of 1", signal_change: "change of the recipes since the last evaluation" };
+  signal_gini: "Gini coefficient of the recipes", dead_signals: "share of dead signals", basis_rank: "effective rank of the basis", signal_change: "distance of the recipes from step 0, of their length there" };
 
 function verdict(claim) {
   return claim ? [h("span", { class: claim.verdict.split(" ")[0] }, claim.verdict), h("br"), h("small", {}, estimate(claim.measured))] : "–";

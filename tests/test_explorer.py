@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 import torch
 
@@ -505,13 +504,3 @@ def test_the_command_prints_a_url_that_works_and_binds_this_computer_alone(explo
         process.send_signal(2)
         assert process.wait(20) in (0, 130, -2)
         process.stdout.close()
-
-
-def test_training_curves_are_thinned(tmp_path, explorer):
-    rows = [{"step": i, "loss": i / 10, "mfu": None} for i in range(1000)]
-    path = explorer.lab.checkpoint.run / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1')
-    found = explore.curves(explorer.lab.checkpoint)
-    path.unlink()
-    assert list(found) == ["loss"] and 100 < len(found["loss"]) <= 300 and found["loss"][3] == [12, 1.2]
-    assert np.diff([step for step, _ in found["loss"]]).min() > 0

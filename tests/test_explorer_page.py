@@ -13,6 +13,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 import explore
 from attribution import predict, remove_signals
+from experiments import report
+from experiments.lab import Report, Scores
 from tests.explorer_fixtures import TOKEN, open_explorer, serving
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -244,6 +246,27 @@ def test_every_view_fits_in_light_dark_and_on_a_phone(server, open_page, tmp_pat
         assert page.locator("main > p").first.text_content().endswith(".")
         page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
         assert (tmp_path / f"{view}.png").stat().st_size > 10_000
+
+
+def test_a_report_sorts_filters_and_fits_a_phone(explorer, open_page, monkeypatch):
+    lab = explorer.lab
+    found = Report(lab, "ablate_signal", {"bad": "one does not", "good": "one holds"})
+    found.effect("bad", Scores({"native": [0] * 30, "chance": [2] * 30}), "words")
+    found.effect("good", Scores({"native": [1] * 30, "chance": [0] * 30}), "words")
+    found.save()
+    monkeypatch.setattr("sys.argv", ["report.py", f"--run={lab.checkpoint.run}"])
+    report.main()
+    page = open_page((lab.results / "report.html").as_uri() + "#claim-ablate_signal-good", 390)
+    items = page.locator("#claims ~ .items").first.locator(".item")
+    assert page.evaluate("document.getElementById('claim-ablate_signal-good').open")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert "one does not" in items.nth(0).text_content()
+    page.select_option("select[name=sort]", "verdict")
+    assert "one holds" in items.nth(0).text_content()
+    page.select_option("select[name=verdict]", "not supported")
+    assert [items.nth(i).is_visible() for i in range(2)] == [False, True]
+    page.fill("#signals ~ form input", "no such words")
+    assert page.locator("#signals ~ form output").text_content() == "0 of 16"
 
 
 def test_a_snapshot_opens_from_the_file_system(explorer, open_page, tmp_path, monkeypatch):

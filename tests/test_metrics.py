@@ -1,12 +1,17 @@
-"""Loggers beside metrics.jsonl: valid ids that no two runs share, and one line when one is not to be had."""
+"""Loggers beside metrics.jsonl: valid ids, one line when one is not to be had; statistics of signals."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from configurator import UserError
-from metrics import Metrics, tracker_id
+from experiments.lab.stats import gini
+from metrics import Metrics, SignalStatistics, curves, tracker_id
+from model import ModelConfig, ReFlow
 
 
 def tracker(**functions):
@@ -82,3 +87,51 @@ def test_rows_after_the_start_are_written_anew(run):
     metrics.write(step=3, loss=float("nan"))
     metrics.close()
     assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
+
+
+@pytest.fixture
+def vocab():
+    torch.manual_seed(0)
+    return ReFlow(ModelConfig(block_size=8, n_layer=1, n_head=1, n_embd=16, n_signal=8, vocab_size=64)).vocab
+
+
+def test_statistics_of_signals_are_those_of_planted_factors(vocab):
+    """One signal a recipe: Gini (S - 1) / S. One that no recipe uses is dead. Orthogonal rows: rank S."""
+    found = SignalStatistics(vocab, 64)
+    with torch.no_grad():
+        vocab.recipe.copy_(torch.eye(8).repeat(8, 1))
+        vocab.recipe[:, 3] = 0
+        vocab.recipe[::8, 0] = -1
+        vocab.basis.copy_(torch.eye(8, 16))
+    values = found.measure()
+    assert values["signal_gini"] == pytest.approx(7 / 8 * 7 / 8)  # an eighth of the rows is zero
+    assert values["dead_signals"] == pytest.approx(1 / 8)
+    assert values["basis_rank"] == pytest.approx(8, rel=1e-3)
+    with torch.no_grad():
+        vocab.basis[1:] = 0
+    assert found.measure()["basis_rank"] == pytest.approx(1, rel=1e-2)
+
+
+def test_gini_agrees_with_that_of_the_experiments(vocab):
+    expected = gini(vocab.recipe.detach().numpy()).mean()
+    assert SignalStatistics(vocab, 64).measure()["signal_gini"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_change_of_signals_is_from_step_0_also_after_a_restart(vocab, tmp_path):
+    save_file({"vocab.recipe": vocab.recipe.detach()}, tmp_path / "start")
+    found = SignalStatistics(vocab, 64)
+    assert found.measure()["signal_change"] == 0
+    with torch.no_grad():
+        vocab.recipe *= 3
+    again = SignalStatistics(vocab, 64, tmp_path / "start")
+    assert found.measure()["signal_change"] == again.measure()["signal_change"] == pytest.approx(2)
+    assert SignalStatistics(vocab, 64, tmp_path / "gone").measure()["signal_change"] is None
+
+
+def test_curves_are_thinned_and_a_cut_line_is_passed_over(tmp_path):
+    assert curves(tmp_path) == {}
+    rows = [{"step": i, "loss": i / 10, "mfu": None} for i in range(1000)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = curves(tmp_path)
+    assert list(found) == ["loss"] and len(found["loss"]) == 250 and found["loss"][3] == [12, 1.2]

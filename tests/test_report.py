@@ -1,6 +1,7 @@
 """The page of a run: only results that belong together, looks apart."""
 
 import json
+import re
 
 import pytest
 
@@ -54,6 +55,47 @@ def test_the_page_holds_claims_and_figures_and_loads_nothing(run, monkeypatch):
     assert "earlier version of the code" not in page and "Left out" not in page and "Looks" not in page
     missing = ",".join(name for name in NAMES if name not in ("ablate_signal", "signal_lens"))
     assert f"--run={run} --only={missing}</code>" in page  # what to do about those not run
+
+
+def test_the_page_begins_in_words_and_every_claim_links_to_its_method(run, monkeypatch):
+    lab = open_lab(run)
+    found = Report(lab, "ablate_signal", {"good": "one holds", "bad": "one does not", "few": "too few"})
+    found.effect("good", Scores({"native": [1] * 30, "chance": [0] * 30}), "words")
+    found.effect("bad", Scores({"native": [0] * 30, "chance": [2] * 30}), "words", published="0.5")
+    found.effect("few", Scores({"native": [0] * 3, "chance": [2] * 3}), "words")
+    found.save()
+    page = make_page(run, monkeypatch)
+    words = page.split('<h2 id="summary">')[1].split('<h2 id="claims">')[0]
+    assert "in 1 of 3 claims. It holds that:" in words and "Inconclusive: 1" in words
+    assert "one does not</a>: chance does better, by 2" in words
+    for key in ("good", "bad", "few"):
+        assert f'href="#claim-ablate_signal-{key}"' in words and f'id="claim-ablate_signal-{key}"' in page
+    for anchor in re.findall(r'href="#([^"]+)"', page):
+        assert f'id="{anchor}"' in page
+    assert "<dt>recipe</dt>" in page  # the glossary of the experiments' README
+
+
+def test_a_claims_figure_is_legible_at_the_width_of_a_phone(run, monkeypatch):
+    lab = open_lab(run)
+    scores = Scores({"native": [1.91755] * 30, "a control with a name that is long": [0] * 30})
+    found = Report(lab, "ablate_signal", SENTENCES)
+    found.effect("key", scores, "words")
+    found.save()
+    item = (
+        make_page(run, monkeypatch).split('class=item id="claim-ablate_signal-key"')[1].split("</details>")[0]
+    )
+    assert 'viewBox="0 0 360' in item and ">1.92<" in item and "10^" not in item
+    assert "a control with a …<title>a control with a name that is long" in item
+    assert all(0 <= float(x) <= 360 for x in re.findall(r'(?:x|x1|x2|cx)="([\d.]+)"', item))
+
+
+def test_every_signal_has_a_card_beside_a_rotated_one(tmp_path, monkeypatch):
+    run = save_run(tmp_path / "out" / "tiny", tiny(), corpus(tmp_path / "data"))
+    save_result(open_lab(run), "ablate_signal")
+    page = make_page(run, monkeypatch)
+    signals = page.split('<h2 id="signals">')[1].split('<h2 id="glossary">')[0]
+    assert signals.count("random rotation: the control") == signals.count("<h4>signal ") == 16
+    assert signals.count("strongest at") == 32 and signals.count("<mark>") == 128
 
 
 def test_a_run_without_results_says_what_to_run(run, monkeypatch):
