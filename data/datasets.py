@@ -4,7 +4,6 @@ Prepared data sets by name: where one is, whether it trained a run, a model's lo
 
 import contextlib
 import os
-import re
 import sys
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 import checkpoint
 from configurator import UserError
-from data.shards import Dataset, locate
+from data.shards import Dataset, locate, read_name
 from data.sotu.prepare import embedded, prepare
 from data.tokenizer import gpt2, kept, load
 from data.words import Words
@@ -31,7 +30,7 @@ def find_dataset(name, tokenizer=None):
     """
     if name == "sotu":
         name = embedded(tokenizer or gpt2())
-    tokenizer = tokenizer or in_name(name)
+    tokenizer = tokenizer or load(read_name(name)[1])
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if name == embedded(tokenizer) and first and not (locate(name) / "meta.json").exists():
         prepare(tokenizer=tokenizer)
@@ -40,16 +39,12 @@ def find_dataset(name, tokenizer=None):
     return locate(name)
 
 
-def in_name(name):
-    """The Tokenizer whose tokens the data set `name` should hold: that of its name's end, else GPT-2's."""
-    found = re.search(r"-(gpt2-\d+)$", name)
-    return load(found[1]) if found else gpt2()
-
-
 def tokenizer_of(name):
     """The Tokenizer of the data set `name`, prepared or not."""
     folder = locate(name)
-    return Dataset(folder, "val", 1).tokenizer if (folder / "meta.json").exists() else in_name(name)
+    if (folder / "meta.json").exists():
+        return Dataset(folder, "val", 1).tokenizer
+    return load(read_name(folder.name)[1])
 
 
 def dataset_of(state):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from difflib import get_close_matches
@@ -55,6 +56,12 @@ def locate(name):
 def in_tokens(corpus, tokenizer):
     """The name of a corpus in the tokens of a Tokenizer: its own in GPT-2's, else <its own>-<tokenizer>."""
     return corpus if tokenizer.name == "gpt2" else f"{corpus}-{tokenizer.name}"
+
+
+def read_name(name):
+    """(corpus, name of its tokenizer) of a data set's name: offline-gpt2-8192 is offline in gpt2-8192."""
+    corpus, tokenizer = re.fullmatch(r"(.*?)(?:-(gpt2-\d+))?", name, re.DOTALL).groups()
+    return corpus, tokenizer or "gpt2"
 
 
 def as_argument(folder):
@@ -268,8 +275,9 @@ def changes(old, new):
 
 def how_to_get(folder):
     """What to do about a missing data set: its prepare.py, the nearest name, else how to make one."""
-    if (folder / "prepare.py").exists():
-        return f"run python {shortest(folder / 'prepare.py')}"
+    corpus, tokenizer = read_name(folder.name)
+    if (script := folder.with_name(corpus) / "prepare.py").exists():
+        return f"run python {shortest(script)}" + (f" --tokenizer={tokenizer}" if tokenizer != "gpt2" else "")
     beside = list(DATA.glob("*/prepare.py"))
     for place in (Path(), user_cache(), DATA, folder.parent):  # of two of a name, the last one wins
         beside += place.glob("*/meta.json")

@@ -303,6 +303,8 @@ def test_missing_or_too_small_dataset_says_what_to_do(corpus):
     (folder / "prepare.py").touch()
     with pytest.raises(UserError, match=r"no dataset at .*none: run python .*prepare.py"):
         Dataset(folder, "train", T)
+    with pytest.raises(UserError, match=r"run python .*none/prepare.py --tokenizer=gpt2-300$"):
+        Dataset(corpus / "none-gpt2-300", "train", T)
     window = r"train has 100 tokens in its largest shard, one window takes block_size \+ 1 = 101"
     with pytest.raises(UserError, match=f"{window}: prepare more text, or give --block_size=99 or less"):
         Dataset(corpus, "train", 100)

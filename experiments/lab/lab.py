@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Literal
@@ -126,6 +126,8 @@ def train_baseline(ckpt):
     keys = ("dataset", "batch_size", "micro_batch_size", "max_steps", "warmup_steps", "lr", "min_lr", "seed")
     train = {key: ckpt.train_config[key] for key in keys if key in ckpt.train_config}
     shape = ckpt.model_config | {"vocab": "dense", "n_signal": None, "top_k": None}
+    if replace(ModelConfig(**ckpt.model_config), vocab_size=None).rows == shape["vocab_size"]:
+        shape |= {"vocab_size": None, "n_token": None}  # train.py has them from the data
     wanted = {key: value for key, value in (shape | train).items() if value is not None}
     commands = []
     for path in sorted((checkpoint.RELEASES.parent / "config").glob("gpt2_new*.py")):

@@ -176,7 +176,8 @@ class Report:
         words = vars(self.lab).get("words")  # if they were asked for
         if words is not None and words.where != "training":
             notes.append(f"Nobody here knows the model's training text: tokens are counted in {words.where}.")
-        if precision.is_rounded(self.lab.model.net):
+        subject = getattr(self.lab, "model", None)  # a study has several
+        if subject is not None and precision.is_rounded(subject.net):
             notes.append("The products of the blocks were rounded to bf16 (--dtype=fp32: they are not).")
         return Result(
             experiment=self.experiment,
