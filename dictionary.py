@@ -143,17 +143,19 @@ def ica(E, fit, seed=0):
     z[:, :k] /= variances.sqrt()
     white = (z[fit, :k] - z[fit, :k].mean(0)).numpy()  # (n, k)
     fast = FastICA(whiten=False, random_state=seed, max_iter=ICA_STEPS, tol=1e-3)
-    for precision in (np.float32, np.float64):  # fp32 takes half the time; Gaussian rows may need more
-        with warnings.catch_warnings():
+    for precision in (np.float32, np.float64):  # fp32 takes half the time; many axes may need more
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # `fit` of the result says it
             try:
                 u, s, v = np.linalg.svd(fast.fit(white.astype(precision)).components_.astype(float))  # (k, k)
             except (ValueError, np.linalg.LinAlgError) as error:
-                raise UserError(f"ICA of this embedding failed: {error}") from None
+                reason = error
+                continue
         if np.abs(s - 1).max() < 1e-2:
             break
+        reason = "what it found is no rotation"
     else:
-        raise UserError("ICA of this embedding failed: what it found is no rotation")
+        raise UserError(f"ICA of this embedding failed: {reason}")
     turn = torch.from_numpy(u @ v)  # exactly orthogonal, so that its transpose undoes it
     z[:, :k] = z[:, :k] @ turn.T
     axes[:k] = turn @ (variances.sqrt()[:, None] * axes[:k])

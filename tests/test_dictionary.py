@@ -104,6 +104,26 @@ def test_ica_that_degenerates_is_refused(monkeypatch):
         dictionary.ica(tiny().vocab.matrix().detach(), torch.arange(4000))
 
 
+def test_ica_that_fails_in_fp32_is_tried_in_fp64(monkeypatch):
+    """With many axes the decorrelation of fp32 can overflow; fp64 then finds the planted atoms."""
+    from sklearn.decomposition import FastICA
+
+    whole = FastICA.fit
+
+    def overflow(self, x):
+        if x.dtype == np.float32:
+            raise ValueError("array must not contain infs or NaNs")
+        return whole(self, x)
+
+    monkeypatch.setattr(FastICA, "fit", overflow)
+    codes = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) ** 3
+    found = dictionary.ica(codes, torch.arange(4000))
+    assert found.atoms.abs().amax(1).min() > 0.95
+    monkeypatch.setattr(FastICA, "fit", lambda self, x: overflow(self, x.astype(np.float32)))
+    with pytest.raises(UserError, match="failed: array must not contain"):
+        dictionary.ica(codes, torch.arange(4000))
+
+
 @pytest.mark.parametrize("find", [dictionary.pca, dictionary.ica])
 def test_a_direction_that_all_rows_share_is_an_atom_of_its_own(find):
     """A constant coordinate cannot be whitened. What is left is found as if it were not there."""
