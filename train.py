@@ -53,7 +53,7 @@ from hardware import (
     trace_steps,
 )
 from metrics import Metrics, SignalStatistics
-from model import ModelConfig, ReFlow
+from model import FactoredVocab, ModelConfig, ReFlow
 
 
 @dataclass
@@ -377,9 +377,9 @@ def train(m, c, run):
         run.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step, token)
 
-    # Under FSDP no process holds the signals.
+    # Under FSDP no process holds the signals; a sparse vocabulary has its recipes in another form.
     statistics = None
-    if first and m.vocab != "dense" and not sharded:
+    if first and isinstance(raw.vocab, FactoredVocab) and not sharded:
         start = run / "step_000000" / checkpoint.WEIGHTS[0] if step else None
         statistics = SignalStatistics(raw.vocab, m.n_tokens, start)
 

@@ -29,6 +29,7 @@ from pydantic.dataclasses import dataclass
 import hooks
 import reflow
 from configurator import UserError
+from model import Vocab
 
 
 @dataclass
@@ -47,6 +48,15 @@ class Edit:
         if not self.start <= self.stop <= n_layer:
             raise UserError(f"layers {self.start} to {self.stop}: they go up from 0 to {n_layer}")
         return range(self.start, self.stop + 1)
+
+
+class Unbuilt(Vocab):
+    """A vocabulary without what it builds for speed, which would not know of edits."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.embed, self.signals, self.recipes = vocab.embed, vocab.signals, vocab.recipes
+        self.matrix = vocab.matrix
 
 
 def scaled(x, value, read, write):
@@ -71,10 +81,31 @@ def replaced(vocab, name, make):
 @contextmanager
 def edited(model, edits, control=None):
     """While open, a reflow.Model runs with `edits`; `control`: the seed of random directions instead."""
+    vocab = model.net.vocab
     with ExitStack() as stack:
+        if edits and type(vocab).built is not Vocab.built:
+            stack.enter_context(replaced(vocab, "built", lambda built: lambda: Unbuilt(vocab)))
         for i, edit in enumerate(edits):
             generator = None if control is None else torch.Generator().manual_seed(1000 * control + i)
             stack.enter_context(one(model, edit, generator))
+        yield
+
+
+@contextmanager
+def in_embeddings(net, column, s, write):
+    """While open, `write` (d,) is added to each token's embedding, times column (n_tokens, 1) of signal s."""
+    gain = getattr(net.vocab, "gain", None)  # of vocab=gains, at the input and before each block
+    own = column if gain is None else column * gain[0][s]
+    with ExitStack() as stack:
+        stack.enter_context(
+            replaced(net.vocab, "embed", lambda embed: lambda idx: embed(idx) + own[idx] * write)
+        )
+        if net.config.reinject:
+
+            def injected(inject):
+                return lambda idx, layer: inject(idx, layer) + column[idx] * gain[1 + layer][s] * write
+
+            stack.enter_context(replaced(net.vocab, "inject", injected))
         yield
 
 
@@ -104,7 +135,6 @@ def one(model, edit, generator):
         return replaced(net.vocab, "signals", lambda signals: lambda h: change(signals(h)))
     write = random_like(atom if edit.place == "input" else direction, generator)
     if is_signal and edit.place == "input":
-        column = (edit.value - 1) * d.recipes[:, edit.name, None]  # (n_tokens, 1)
-        return replaced(net.vocab, "embed", lambda embed: lambda idx: embed(idx) + column[idx] * write)
+        return in_embeddings(net, (edit.value - 1) * d.recipes[:, edit.name, None], edit.name, write)
     change = partial(scaled, value=edit.value, read=direction, write=write)
     return hooks.edit_resid(net, dict.fromkeys(layers, change))

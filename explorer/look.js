@@ -139,7 +139,7 @@ function card(found, contexts) {
   const z = found.classes.map(([name, value, q]) => h("span", { class: "chip" }, `${name} z ${number(value, 1)}, q ${number(q, 3)}`, q > 0.05 && " (not significant)"));
   return h("section", { class: `card ${found.dictionary}` },
     h("h2", {}, learned ? `${info.unit} ${found.signal}` : `random rotation, ${found.signal}: the control`),
-    h("p", {}, `Rank ${found.rank + 1} of ${info.n_signals} by usage (${percent(found.usage)} of squared codes). Column: ${found.class}. Correlation with log frequency ${number(found["Spearman with log frequency"])}, skew ${found.skew.toFixed(1)}, excess kurtosis ${found["excess kurtosis"].toFixed(1)}.`),
+    h("p", {}, `Rank ${found.rank + 1} of ${info.n_signals} by usage (${percent(found.usage)} of squared codes). Column: ${found.class}. Correlation with log frequency ${number(found["Spearman with log frequency"])}, skew ${number(found.skew)}, excess kurtosis ${number(found["excess kurtosis"])}.`),
     h("p", {}, "Word classes: ", z.length ? z : "too few labelled words"),
     found.ablation && h("p", { class: "ablation" }, `Removed after the prompt: log p of ${quoted(visible(found.ablation.token))} changes by ${number(found.ablation.change, 3)} nats, KL ${number(found.ablation.kl, 3)} nats. Exact.`),
     h("div", { class: "columns narrow" }, tokenList("promotes, code", found.high), tokenList("suppresses, code", found.low)),

@@ -15,6 +15,7 @@ import reflow
 from configurator import UserError
 from data.words import sightings
 from experiments.lab.analogies import METHODS
+from experiments.lab.stats import exchanged
 from explorer.cards import Cards
 from explorer.edits import edited
 
@@ -38,6 +39,7 @@ class Explorer:
         self.ends = functools.lru_cache(4096)(self._ends)
         self.dictionary = functools.cache(self._dictionary)
         self.shared = functools.cache(self._shared)
+        self.turns = functools.cache(self._turns)
 
     # -- shared ------------------------------------------------------------------------------------
 
@@ -52,9 +54,16 @@ class Explorer:
     def _streams(self, ids):
         """Streams (T, d) of a prompt entering each layer and the final norm."""
         net = self.model.net
-        with self.lock:
-            embeddings = net.vocab.embed(torch.tensor([ids], device=self.model.device))
-            return [stream[0] for stream in hooks.resid_streams(net, embeddings)]
+        streams = {}
+
+        def keep(resid, layer):
+            streams[layer] = resid[0]
+            return resid
+
+        places = {layer: functools.partial(keep, layer=layer) for layer in range(net.config.n_layer + 1)}
+        with self.lock, hooks.edit_resid(net, places):
+            net.encode(torch.tensor([ids], device=self.model.device))
+        return [streams[layer] for layer in places]
 
     def _dictionary(self, name):
         """native, rotated, pca or ica of the model's E. UserError if ICA fails."""
@@ -186,12 +195,19 @@ class Explorer:
             "notes": [self.model.name(token) for token in asked if self.model.is_rare(token)],
         }
 
+    def _turns(self):
+        """The rotations of reflow.Attribution, each as the Dictionary whose recipes are the rotation."""
+        basis = self.model.dictionary.basis
+        plain = dictionary.Dictionary("native", torch.eye(len(basis), device=basis.device), basis)
+        seeds = range(reflow.N_ROTATIONS)
+        return [dictionary.rotated(plain, torch.Generator().manual_seed(seed)) for seed in seeds]
+
     def rotated_sizes(self, h, asked, k):
         """Mean sizes of the k largest terms in random rotations, as in reflow.Attribution, a list."""
-        rows = self.model.dictionary.part(asked)  # of two tokens alone: cheap
+        recipes = self.model.dictionary.recipes[asked]  # of two tokens alone: cheap
         sizes = []
-        for seed in range(reflow.N_ROTATIONS):
-            turned = dictionary.rotated(rows, torch.Generator().manual_seed(seed))
+        for turn in self.turns():
+            turned = dictionary.Dictionary("rotated", recipes @ turn.recipes, turn.basis)
             terms = turned.activations(h) * self.difference(turned.codes, 0, 1 if len(asked) > 1 else None)
             sizes.append(terms.abs().topk(k).values)
         return torch.stack(sizes).mean(0).tolist()
@@ -263,7 +279,8 @@ class Explorer:
         recipe = m.dictionary.codes[token]  # (S,)
         order = recipe.abs().argsort(descending=True)[:BARS].tolist()
         spaces = {"recipe": m.dictionary.codes, "E": self.lab.model.E}
-        spaces["shuffled recipes"] = self.lab.shuffled.dictionary.codes
+        shuffled = exchanged(m.words.counts, self.lab.rng("shuffled"))  # as in lab.shuffled
+        spaces["shuffled recipes"] = m.dictionary.part(shuffled).codes
         own = recipe.abs().topk(min(STRONG, len(recipe))).indices
         own = (own + 1) * recipe[own].sign().long()
         common = torch.isin(self.shared(), own).sum(1)  # (n,)

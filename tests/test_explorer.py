@@ -48,8 +48,12 @@ def ask(client, name, status=200, **body):
     return answer.json()
 
 
+def ids_of(model):
+    return torch.tensor([model.tokenizer.encode_ordinary(TEXT)])
+
+
 def ids(explorer):
-    return torch.tensor([explorer.model.tokenizer.encode_ordinary(TEXT)])
+    return ids_of(explorer.model)
 
 
 # -- values ------------------------------------------------------------------------------------------
@@ -224,6 +228,48 @@ def test_a_plain_gpt_has_coordinates(tmp_path):
     sums = found.position(TEXT, None, None, None, None, "native")
     assert sums["sum"] == pytest.approx(sums["logit"], abs=1e-4)
     assert found.edit(TEXT, None, None, None, [Edit("scale", 2, 0.0)])["kl"] > 0
+
+
+KINDS = {
+    "topk": {"vocab": "topk", "top_k": 4},
+    "sparse": {"vocab": "sparse", "n_nonzero": 4, "n_core": 3},
+    "gains": {"vocab": "gains"},
+    "reinject": {"vocab": "gains", "reinject": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_vocabularies_are_read_and_edited(tmp_path, kind):
+    """Sums are exact, edits hold where E is built once for speed, and the quick way equals the slow one."""
+    found = open_explorer(tmp_path, **KINDS[kind])
+    m = found.model
+    with torch.no_grad():
+        logits = m.net(ids(found))[0][0, -1]
+    sums = found.position(TEXT, None, None, token("king"), None, "native")
+    assert sums["sum"] == pytest.approx(sums["logit"], abs=1e-4)
+    assert sums["logit"] == pytest.approx(logits[token("king")].item(), abs=1e-4)
+    assert found.lens(TEXT, None)["rows"] and found.token("king")["neighbours"]["shuffled recipes"]
+    assert len(found.signal(3, TEXT)["cards"]) == 2
+    removed = [Edit("scale", 3, 0.0), Edit("add", "king", 0.2, "output")]
+    quick = found.edit(TEXT, None, token("king"), None, removed)
+    with torch.no_grad(), edited(m, removed):
+        slow = m.net.vocab.logits(m.net.encode(ids(found)))[0, -1, token("king")]
+    assert quick["exact"] and quick["sum"] == pytest.approx(slow.item(), abs=1e-4)
+    assert quick["sum"] != pytest.approx(quick["sum_before"], abs=1e-3)
+    texts = {0: [], 1: [], 2: []}
+    for way, i in found.continuations(TEXT, [Edit("scale", 3, -50.0)], 5, 0.0, 0):
+        texts[way].append(i)
+    assert texts[0] == m.net.generate(ids(found).tolist(), 5, temperature=0)[0] and texts[1] != texts[0]
+
+
+@pytest.mark.parametrize("kind", ["gains", "reinject"])
+def test_a_signal_without_gains_is_a_signal_removed_at_the_input(tmp_path, kind):
+    m = open_explorer(tmp_path, **KINDS[kind]).model
+    with torch.no_grad(), edited(m, [Edit("scale", 3, 0.0, "input")]):
+        removed = m.net.encode(ids_of(m))
+    for gain in m.net.vocab.gain:
+        gain.data[3] = 0
+    assert torch.allclose(m.net.encode(ids_of(m)), removed, atol=1e-5)
 
 
 def lines(client, **body):
