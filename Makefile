@@ -22,6 +22,7 @@ demo: .venv/run
 	$(BIN)/python experiments/report.py --run=out/reflow-nano
 	@echo
 	@echo "Open that page in a browser. Next: source .venv/bin/activate, then"
+	@echo "  python explore.py --run=out/reflow-nano"
 	@echo "  python sample.py --run=out/reflow-nano --prompt=\"My fellow citizens\" --temperature=0.6"
 	@echo "  python experiments/ablate_signal.py --run=out/reflow-nano --prompt=\"The people of the\""
 	@echo "  python train.py --out_dir=out/longer --max_steps=2000 --warmup_steps=200"

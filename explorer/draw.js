@@ -80,7 +80,9 @@ export function likely(rows, target, pick) {
   })));
 }
 
-// Layers x positions. rows: [[text or null, value]] from the lowest layer up
+const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
+
+// Layers x positions, with the arrow keys as well. rows: [[text or null, value]] from the lowest layer up
 export function heatMap({ rows, first }, tokens, here, pick) {
   return h("div", { class: "scroll" }, chart((width) => {
     const signed = rows[0][0][0] === null, n = rows[0].length, left = 40;
@@ -101,7 +103,14 @@ export function heatMap({ rows, first }, tokens, here, pick) {
     const names = tokens.slice(first).map((token, i) =>
       s("text", { class: "dim over", x: left + i * cell + 4, y: rows.length * size + 15 }, cut(visible(token.text), Math.floor((cell - 6) / 6.5))));
     const height = rows.length * size + 20;
-    return s("svg", { viewBox: `0 0 ${total} ${height}`, role: "group", "aria-label": "layers by positions", style: { width: `${total}px`, height: `${height}px` } }, parts, names);
+    const move = (event) => {
+      const step = STEPS[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const within = (x, least, most) => Math.min(most, Math.max(least, x));
+      pick(within(here.position + step[0], first, first + n - 1), within(here.layer + step[1], 0, rows.length - 1));
+    };
+    return s("svg", { viewBox: `0 0 ${total} ${height}`, tabindex: 0, role: "group", "aria-label": "layers by positions; the arrow keys move", onkeydown: move, style: { width: `${total}px`, height: `${height}px` } }, parts, names);
   }));
 }
 

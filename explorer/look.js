@@ -71,6 +71,8 @@ export function promptView() {
   const choice = (name) => h("label", {}, h("input", { type: "radio", name: "dictionary", value: name, checked: state.dictionary === name,
     onchange: () => go({ dictionary: name }) }), name === "native" ? "learned" : name);
   const showMap = () => into(map, async () => {
+    const focused = map.contains(document.activeElement);
+    if (focused) new MutationObserver((_, own) => { const svg = map.querySelector("svg"); if (svg) { own.disconnect(); svg.focus(); } }).observe(map, { childList: true, subtree: true });
     const found = await call("lens", { text: state.text, signal: state.lens }, "reading every layer");
     const here = { position: state.position ?? tokens.length - 1, layer: state.layer ?? info.n_layer };
     return [heatMap(found, tokens, here, (position, layer) => go({ position, layer })),

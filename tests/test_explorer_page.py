@@ -91,7 +91,7 @@ def value(page, place, i):
 def test_type_a_prompt_click_a_token_a_bar_a_cell(server, explorer, open_page):
     page = open_page(server[0])
     page.fill("#text", TEXT)
-    until(page, "document.querySelectorAll('#tokens button').length === 5")
+    until(page, "document.getElementById('tokens').textContent.includes('queen')")
     idle(page)
     found = explorer.position(TEXT, None, None, None, None, "native")
     assert value(page, "terms", 0) == f"{found['terms'][0]['value']:.3f}"
@@ -128,6 +128,13 @@ def test_keys_move_along_the_prompt_and_open_a_bar(server, open_page):
     page.locator("#tokens button").nth(4).focus()
     page.keyboard.press("ArrowLeft")
     until(page, "document.querySelectorAll('#tokens button')[3].getAttribute('aria-pressed') === 'true'")
+    idle(page)
+    page.locator("#map svg").focus()
+    page.keyboard.press("ArrowDown")
+    until(page, "document.querySelector('#next').textContent.includes('layer 1')")
+    idle(page)
+    page.keyboard.press("ArrowLeft")  # the map has kept the focus
+    until(page, "document.querySelectorAll('#tokens button')[2].getAttribute('aria-pressed') === 'true'")
     idle(page)
     bar(page, "terms", 0).focus()
     page.keyboard.press("Enter")
