@@ -205,7 +205,7 @@ export function tokenView() {
   const update = () => {
     input.value = state.word ?? "";
     into(box, async () => {
-      const found = await call("token", { word: state.word ?? "people" }, "making the recipe");
+      const found = await call("token", { word: state.word ?? info.word }, "making the recipe");
       return [
         h("h2", {}, `${quoted(visible(found.text))}, token ${found.id}`), h("p", { class: "note" }, found.seen, found.rare && ": rare, so its row may say little", "."),
         h("div", { class: "columns" },

@@ -136,11 +136,17 @@ class Explorer:
             "n_signals": m.dictionary.n_signals,
             "n_tokens": config.n_tokens,
             "unit": m.unit,
+            "word": self.common_word(),
             "tokenizer": m.tokenizer.name,
             "place": str(self.lab.checkpoint.run),
             "contexts": self.contexts(),
             "runs": list(self.others),
         }
+
+    def common_word(self):
+        """A frequent word of five letters or more, to begin with."""
+        words = self.lab.words.known_words(letters=5)
+        return self.name(words[0] if len(words) else self.model.shown[0]).strip()
 
     def contexts(self):
         """How far the contexts of signals are."""
