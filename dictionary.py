@@ -76,6 +76,12 @@ def native(net):
     return Dictionary("native", recipes, basis)
 
 
+def readable(net):
+    """The learned signals of a ReFlow alone: `native` without the core and the mean of a sparse vocabulary."""
+    d, n = native(net), net.config.signals
+    return Dictionary(d.name, d.recipes[:, :n], d.basis[:n])
+
+
 def random_orthogonal(n, generator):
     """An orthogonal matrix (n, n) with Haar measure (Mezzadri, math-ph/0609050), float64."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
@@ -241,7 +247,7 @@ def best_atoms(rows, codes, weights):
 
 def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
     """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms."""
-    depth = min(3 * n_nonzero, n_atoms, rows.size(1))
+    depth = min(2 * n_nonzero, n_atoms, rows.size(1))  # at most
     total = min(n_nonzero, depth) * len(rows)
     least = max(1, n_nonzero // 8)
     drawn = torch.multinomial(weights, n_atoms, generator=generator)

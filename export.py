@@ -201,7 +201,7 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     rest = E - mean
     axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, -n_core:].T  # (n_core, d)
     core = rest @ axes.T  # (V, n_core)
-    found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed)
+    found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed, starts=1)
     taken = found.codes != 0
     unspent = n_nonzero * c.rows - int(taken.sum())  # rows that are coded exactly need no more
     taken.view(-1)[(~taken).flatten().nonzero().flatten()[:unspent]] = True

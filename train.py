@@ -101,7 +101,7 @@ class TrainConfig:
 
 # What decides a run's curve: a resumption with another value is allowed, and said.
 CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"}
-CURVE |= {"grad_clip", "seed", "dtype", "optimizer"}
+CURVE |= {"grad_clip", "seed", "dtype"}
 
 
 def learning_rate(step, c):

@@ -1,0 +1,462 @@
+"""
+Signals that are facts: whose signals are the same in every seed, mean something and act, and at what price?
+
+    python experiments/studies/facts.py
+    python experiments/studies/facts.py --out=out/try --arms=dense,sparse --seeds=2 --steps=40
+
+Method
+    facts.md beside this script is the protocol: arms, hypotheses H1 to H6 and their thresholds. Its hash is
+    in the result. Runs of one seed see the same tokens in the same order, so losses are paired by seed. Every
+    start differs from seed to seed. Signals are compared over tokens seen 100 times in every run. After a
+    kill the same command continues where it stopped.
+
+Cost
+    With the default options, five arms and three seeds, 3 to 4 hours of two cores with bf16 instructions.
+"""
+
+import contextlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import threads
+import numpy as np
+import torch
+
+import configurator
+import dictionary
+from checkpoint import Checkpoint, newest_whole
+from configurator import UserError
+from data.words import SHOWN_COUNT
+from dictionary import Dictionary
+from experiments.lab import Report
+from experiments.lab.claims import N_GAUGES, TooFew, to_numpy
+from experiments.lab.facts import acts, enriched, halves, missed
+from experiments.lab.matching import SHARED, matches, null_matches, shared_directions
+from experiments.lab.probes import labelled
+from experiments.lab.report import measure, save_and_print
+from experiments.lab.results import Estimate
+from experiments.lab.stats import regress_out, t_interval
+from experiments.studies.runs import Study, trained_run
+from files import check_writable, file_sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTOCOL = Path(__file__).with_suffix(".md")
+ARMS = {  # options of train.py; of export.py for the sparse arm
+    "dense": {"vocab": "dense"},
+    "factored": {"vocab": "factored"},
+    "topk": {"vocab": "topk", "top_k": 24},
+    "gains": {"vocab": "gains", "reinject": True},
+    "sparse": {"n_nonzero": 32, "n_core": 16},
+}
+HYPOTHESES = {
+    "equal_loss": "H1: its loss is at most 1 % above that of the dense model",
+    "privileged": "H2: its signals write E more sparsely than 19 nulls do, and more are about a category",
+    "same": "H3: its signals are the same in other seeds",
+    "recoverable": "H4: an independent method finds its signals from its E alone",
+    "meaning": "H5: at least 1.5 times as many of its signals are about a category as of the best rival's",
+    "act": "H6: removing a signal lowers the words it is about twice as much as other signals at equal KL",
+}
+CLAIMS = {f"{arm}_{key}": f"{arm}: {text}" for arm in ARMS for key, text in HYPOTHESES.items()}
+PRICE, PARTNER, MARGIN, STABLE, RECOVERED, RICHER, STRONGER = 0.01, 0.5, 0.05, 0.3, 0.7, 1.5, 2.0
+N_STATES = 256  # of neutral text, for H6
+
+
+@dataclass
+class FactsConfig:
+    out: str = "out/facts"  # folder of the runs and of the result
+    arms: str = ",".join(ARMS)  # which arms, with commas; dense is the baseline of all
+    seeds: int = 3  # runs of each arm
+    steps: int = 2000  # of 2,048 tokens each
+    dataset: str = "offline-gpt2-8192"  # a prepared data set in the tokens of a small vocabulary
+    config: str = "config/gpt2_new_mini.py"  # whose shape and learning rates all arms have
+    starts: int = 3  # of the method that H4 asks for
+
+    def __post_init__(self):
+        configurator.check(self, "seeds >= 2", "steps >= 8", "steps % 8 == 0", "starts >= 1")
+        if unknown := set(self.arms.split(",")) - set(ARMS):
+            raise ValueError(f"--arms: {min(unknown)} is none of {', '.join(ARMS)}")
+        if "dense" not in self.arms.split(","):
+            raise ValueError("--arms must name dense, the baseline of all others")
+
+
+# ----------------------------------------------------------------------------------------------------
+# The runs
+
+
+def folder_of(c, arm, seed):
+    return Path(c.out).expanduser() / f"{arm}-seed{seed}"
+
+
+def plan(c):
+    """[(folder, [commands])] of all runs, one seed after the other; a dense run before its sparse one."""
+    runs = []
+    for seed in range(c.seeds):
+        for arm in [arm for arm in ARMS if arm in c.arms.split(",")]:
+            folder = folder_of(c, arm, seed)
+            train = [ROOT / "train.py", f"--out_dir={folder}", "--resume"]
+            if arm == "sparse":
+                half = folder_of(c, "dense", seed) / f"step_{c.steps // 2:06d}"
+                own = [f"--{key}={value}" for key, value in ARMS[arm].items()]
+                export = [ROOT / "export.py", f"--run={half}", "--factor=sparse", f"--to={folder}"]
+                runs.append((folder, [[*export, *own, f"--seed={seed}"], train]))
+                continue
+            options = ARMS[arm] | {
+                "dataset": c.dataset,
+                "batch_size": 8,
+                "micro_batch_size": 8,
+                "max_steps": c.steps,
+                "warmup_steps": c.steps // 20,
+                "eval_interval": c.steps // 8,
+                "save_interval": c.steps // 2,
+                "seed": seed,
+            }
+            settings = [f"--{key}={value}" for key, value in options.items()]
+            runs.append((folder, [[train[0], ROOT / c.config, *settings, *train[1:]]]))
+    return runs
+
+
+def finished(folder, steps):
+    """The last Checkpoint of a run with its loss over the whole validation split; None if it has none yet."""
+    path, state, _ = newest_whole(folder) if folder.is_dir() else (None, None, [])
+    if path is None or state["step"] != steps or state["whole_val_loss"] is None:
+        return None
+    return Checkpoint(path, state)
+
+
+def make_runs(c):
+    """Train what is missing. Raises UserError."""
+    runs = plan(c)
+    for i, (folder, commands) in enumerate(runs):
+        if finished(folder, c.steps):
+            continue
+        print(f"\n{folder} ({i + 1} of {len(runs)})", flush=True)
+        for command in commands:
+            if command[0].name == "export.py" and folder.exists():
+                continue
+            if subprocess.run([sys.executable, *map(str, command)]).returncode:
+                raise UserError(f"{folder} failed: see above; the same command continues from here")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is measured
+
+
+class Arm:
+    """The runs of one arm, one a seed: their signals, and what is known of their tokens."""
+
+    def __init__(self, name, checkpoints):
+        self.name = name
+        self.runs = [trained_run(ckpt) for ckpt in checkpoints]
+        self.labs = [run.lab() for run in self.runs]
+        self.losses = np.array([run.loss for run in self.runs])
+        self.counts = np.min([lab.words.counts for lab in self.labs], axis=0)
+        self.native = [dictionary.readable(lab.model.net) for lab in self.labs]
+        self.is_wide = self.native[0].n_signals > self.native[0].atoms.size(1)
+        self.pairs = list(combinations(range(len(self.labs)), 2))
+
+    def over_pairs(self, found):
+        """Signals of one seed and their partners in another, of a Dictionary a seed in `found`.
+
+        Returns the least |correlation| of each signal over the other seeds, (S,) a seed, and the mean of each
+        pair of seeds, (pairs,).
+        """
+        codes = [to_numpy(d.codes) for d in found]
+        sums = [[] for _ in codes]
+        means = []
+        for i, j in self.pairs:
+            ours, theirs = matches(codes[i], codes[j], self.counts), matches(codes[j], codes[i], self.counts)
+            sums[i].append(ours)
+            sums[j].append(theirs)
+            means.append(ours.mean())
+        return [np.min(part, axis=0) for part in sums], np.array(means)
+
+    def ceiling(self, rng):
+        """Correlations of the directions that E of two seeds share, mean over pairs, (d,)."""
+        E = [to_numpy(lab.model.E) for lab in self.labs]
+        return np.mean([shared_directions(E[i], E[j], self.counts, rng) for i, j in self.pairs], axis=0)
+
+    def null_match(self, rng):
+        """Mean match of a pair of seeds under the null, (N_GAUGES,)."""
+        a, b = (to_numpy(d.codes) for d in self.native[:2])
+        return null_matches(a, b, self.counts, rng, "exchange" if self.is_wide else "rotation").mean(1)
+
+
+def rivals(lab, seed):
+    """{name: Dictionary} of the plain GPT's E: its coordinates, PCA, ICA, sparse codes in 4 d atoms.
+
+    Random starts are those of `seed`, another one for each run. ICA is missing if it failed.
+    """
+    E, counts = lab.model.E, lab.words.counts
+    fit = torch.from_numpy(lab.words.by_count[: max(len(lab.words.known_tokens()), 4 * E.size(1))])
+    found = {"E": lab.model.dictionary, "pca": dictionary.pca(E, fit)}
+    with contextlib.suppress(UserError):
+        found["ica"] = dictionary.ica(E, fit, seed)
+    weights = torch.from_numpy(counts + 1.0).to(E)
+    rest = E - (weights @ E) / weights.sum()
+    n_nonzero = ARMS["sparse"]["n_nonzero"]
+    return found | {"sparse": dictionary.sparse(rest, 4 * E.size(1), n_nonzero, weights, seed, starts=1)}
+
+
+def null_dictionary(d, counts, generator):
+    """A null of a Dictionary: a rotation of it where there are no more signals than dimensions.
+
+    Else Gaussian atoms of the covariance of its product, in which that is coded with as many entries.
+    """
+    if d.n_signals <= d.atoms.size(1):
+        return dictionary.rotated(d, generator)
+    E, weights = d.matrix().cpu().float(), torch.from_numpy(counts + 1.0).float()
+    root = torch.linalg.cholesky(torch.cov(E.T) + 1e-8 * torch.eye(E.size(1)))
+    atoms = torch.nn.functional.normalize(
+        torch.randn(d.n_signals, len(root), generator=generator) @ root.T, dim=1
+    )
+    n = round(float((d.codes != 0).sum()) / len(d.codes))
+    index, gain = dictionary.pursue(E, atoms, min(2 * n, E.size(1)))
+    kept = dictionary.share_out(gain * weights[:, None], n * len(E), 1)
+    return Dictionary("gaussian", dictionary.least_squares(E, atoms, index, kept), atoms)
+
+
+def recovered(d, counts, seed, starts):
+    """Mean match of a Dictionary's signals with those found in its product anew, the worst of the starts.
+
+    By ICA, or by sparse codes where there are more signals than dimensions.
+    """
+    E = d.matrix()
+    often = torch.from_numpy(np.flatnonzero(counts >= SHOWN_COUNT))
+    found = []
+    for start in range(starts):
+        if d.n_signals > E.size(1):
+            n = round(float((d.codes != 0).sum()) / len(d.codes))
+            weights = torch.from_numpy(counts + 1.0)
+            other = dictionary.sparse(E, d.n_signals, n, weights, seed * 100 + start + 1, starts=1)
+        else:
+            other = dictionary.ica(E, often, seed * 100 + start + 1)
+        found.append(matches(to_numpy(d.codes), to_numpy(other.codes), counts).mean())
+    return min(found)
+
+
+class Meaning:
+    """The labelled words that all runs know, and how a dictionary's signals stand to their categories."""
+
+    def __init__(self, lab, counts, rng):
+        ids, labels, self.names = labelled(lab)
+        self.log_frequency = np.log(counts[ids] + 1.0)
+        self.ids, self.labels, self.first = ids, labels, halves(labels, rng)
+
+    def of(self, d):
+        """The Enriched of a Dictionary, log frequency regressed out."""
+        return enriched(regress_out(to_numpy(d.codes[self.ids]), self.log_frequency), self.labels, self.first)
+
+    def share(self, d):
+        return float(self.of(d).found.mean())
+
+    def members(self, category):
+        """Ids of the half of a category's words that chose nothing."""
+        return self.ids[(self.labels == category) & ~self.first]
+
+
+def effects(lab, d, about, words, rng):
+    """`acts` of every signal that is about a category, (S,): not a number for the others."""
+    x, _ = lab.heldout(64, min(32, lab.model.net.config.block_size))
+    with torch.no_grad():
+        h = lab.model.net.encode(x).flatten(0, 1)
+    h = h[torch.from_numpy(rng.permutation(len(h))[:N_STATES])]
+    found = np.full(d.n_signals, np.nan)
+    for s in np.flatnonzero(about.found):
+        members = words.members(about.category[s])
+        found[s] = acts(lab.model.E, d.atoms, d.codes, h, s, members, rng)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# The hypotheses
+
+
+def decide(passed, reason, measured, n, unit="seeds", controls=None, lower=False):
+    """Fields of a Claim: `passed` is None where it cannot be said."""
+    verdict = "inconclusive" if passed is None else "supported" if passed else "not supported"
+    fields = {"kind": "effect", "verdict": verdict, "reason": reason, "unit": unit, "n": n, "lower": lower}
+    return fields | {"measured": measured, "controls": controls or {}}
+
+
+def about(values):
+    """Mean and range of a few values, one a seed."""
+    return Estimate(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
+
+
+def run(study, c):
+    arms = {
+        arm: Arm(arm, [finished(folder_of(c, arm, s), c.steps) for s in range(c.seeds)])
+        for arm in c.arms.split(",")
+    }
+    dense = arms["dense"]
+    report = Report(study, "facts", {key: text for key, text in CLAIMS.items() if key.split("_")[0] in arms})
+    rng = np.random.default_rng(0)
+    report.numbers["protocol_sha256"] = file_sha256(PROTOCOL)
+    often = int((dense.counts >= SHOWN_COUNT).sum())
+    if often < 4 * dense.native[0].n_signals:
+        raise TooFew(f"only {often} tokens were seen {SHOWN_COUNT} times in training with each seed")
+
+    plain = [rivals(lab, seed) for seed, lab in enumerate(dense.labs)]
+    names = [name for name in plain[0] if all(name in found for found in plain)]
+    words = Meaning(dense.labs[0], dense.counts, rng)
+    rival = {name: {"match": dense.over_pairs([found[name] for found in plain])[1].mean()} for name in names}
+    for name in names:
+        rival[name]["enriched"] = float(np.mean([words.share(found[name]) for found in plain]))
+    report.numbers["rivals"] = rival
+    for name, values in rival.items():
+        for metric, value in values.items():
+            report.row(metric, value, model="dense", dictionary=name)
+    table = {arm: test_arm(report, arms[arm], dense, rival, words, rng, c) for arm in arms}
+    report.numbers["arms"] = table
+    report.gallery = gallery(table, rival)
+    draw(report, table, rival)
+    return report
+
+
+def test_arm(report, arm, dense, rival, words, rng, c):
+    """H1 to H6 of one arm: its claims and rows; its numbers."""
+    n = len(arm.runs)
+    price = arm.losses / dense.losses - 1
+    bound = t_interval(price)
+    passed = None if n < 3 else bound.high <= PRICE
+    report.claim(
+        f"{arm.name}_equal_loss",
+        decide(passed, f"the interval ends at {bound.high:.2%}", bound, n, lower=True),
+    )
+
+    # H2: privileged
+    gains, shares = [], []
+    for lab, d in zip(arm.labs, arm.native, strict=True):
+        k = max(1, d.n_signals // 32)
+        E, counts = d.matrix(), lab.words.counts
+        kept = np.flatnonzero(counts >= SHOWN_COUNT)
+        nulls = [null_dictionary(d, counts, torch.Generator().manual_seed(i)) for i in range(N_GAUGES)]
+        cut = [missed(E[kept], part.atoms, k, counts[kept]) for part in (d, *nulls)]
+        share = [words.share(part) for part in (d, *nulls)]
+        gains.append(min(cut[1:]) - cut[0])
+        shares.append(share[0] - max(share[1:]))
+    passed = min(gains) > 0 and min(shares) > 0
+    reason = (
+        f"over the best null: {min(gains):.3f} of E's energy, {min(shares):.3f} of the signals (worst seed)"
+    )
+    report.claim(f"{arm.name}_privileged", decide(passed, reason, about(gains), n))
+
+    # H3: the same in other seeds
+    ceiling = arm.ceiling(rng)
+    by_signal, means = arm.over_pairs(arm.native)
+    start, null = (
+        arm.over_pairs([dictionary.readable(lab.step0.net) for lab in arm.labs])[1],
+        arm.null_match(rng),
+    )
+    stable = float(np.mean([(part > PARTNER).mean() for part in by_signal]))
+    best = max(values["match"] for values in rival.values())
+    top = ceiling.clip(0).mean()
+    passed = means.mean() >= top / 2 and means.min() >= best + MARGIN and stable >= STABLE
+    reason = f"half of the ceiling is {top / 2:.3f}, the best rival has {best:.3f}"
+    reason += f", {stable:.0%} of the signals are above {PARTNER}"
+    controls = {"null": about(null), "step 0": about(start), "ceiling": about(ceiling)}
+    report.claim(f"{arm.name}_same", decide(passed, reason, about(means), len(means), "pairs", controls))
+
+    # H4: recoverable
+    found = [
+        recovered(d, lab.words.counts, i, c.starts)
+        for i, (lab, d) in enumerate(zip(arm.labs, arm.native, strict=True))
+    ]
+    report.claim(
+        f"{arm.name}_recoverable",
+        decide(min(found) >= RECOVERED, f"the worst start and seed has {min(found):.3f}", about(found), n),
+    )
+
+    # H5: meaning, and H6: they act
+    abouts = [words.of(d) for d in arm.native]
+    share = [float(part.found.mean()) for part in abouts]
+    best = max(values["enriched"] for values in rival.values())
+    passed = min(share) >= RICHER * best
+    report.claim(f"{arm.name}_meaning", decide(passed, f"the best rival has {best:.3f}", about(share), n))
+    ratios = [
+        effects(lab, d, part, words, rng) for lab, d, part in zip(arm.labs, arm.native, abouts, strict=True)
+    ]
+    strong = [
+        float((ratio[~np.isnan(ratio)] >= STRONGER).mean()) if (~np.isnan(ratio)).any() else 0.0
+        for ratio in ratios
+    ]
+    passed = min(strong) >= 0.5
+    report.claim(
+        f"{arm.name}_act",
+        decide(passed, f"{np.mean(strong):.0%} of the signals that are about a category", about(strong), n),
+    )
+
+    facts = []
+    for i, (match, part, ratio) in enumerate(zip(by_signal, abouts, ratios, strict=True)):
+        is_fact = (match > PARTNER) & part.found & (ratio >= STRONGER)
+        facts.append(
+            [
+                {"signal": int(s), "about": words.names[part.category[s]], "match": float(match[s])}
+                for s in np.flatnonzero(is_fact)
+            ]
+        )
+        report.row("facts", len(facts[-1]), model=arm.runs[i].name)
+        report.row("validation loss", arm.losses[i], model=arm.runs[i].name)
+    return {
+        "price": float(price.mean()),
+        "match": float(means.mean()),
+        "null": float(null.mean()),
+        "step 0": float(start.mean()),
+        "ceiling": float(top),
+        "shared directions": int((ceiling > SHARED).sum()),
+        "stable": stable,
+        "recovered": float(np.mean(found)),
+        "enriched": float(np.mean(share)),
+        "act": float(np.mean(strong)),
+        "facts": [len(part) for part in facts],
+        "list": facts[0],
+    }
+
+
+def gallery(table, rival):
+    """One line for each arm and each rival on the plain E; below them the facts of the first seed."""
+    columns = ("price", "match", "null", "ceiling", "stable", "recovered", "enriched", "act")
+    lines = [f"{'':18}" + "".join(f"{name:>11}" for name in columns) + "   facts, by seed"]
+    for arm, numbers in table.items():
+        cells = "".join(f"{numbers[name]:11.3f}" for name in columns)
+        lines.append(f"{arm:18}{cells}   {' '.join(map(str, numbers['facts']))}")
+    for name, numbers in rival.items():
+        cells = "".join(f"{numbers[key]:11.3f}" if key in numbers else f"{'':11}" for key in columns)
+        lines.append(f"{'dense, ' + name:18}{cells}".rstrip())
+    for arm, numbers in table.items():
+        listed = [f"s{fact['signal']} {fact['about']}" for fact in numbers["list"]]
+        lines += [f"\nFacts of {arm}, seed 0: {', '.join(listed) or 'none'}"]
+    return "\n".join(lines)
+
+
+def draw(report, table, rival):
+    """Stability against price: every arm between its null and its ceiling, every rival at no price."""
+    n = sum(sum(numbers["facts"]) for numbers in table.values())
+    title = f"Match of two seeds' signals against the price in loss; {n} facts in all arms and seeds"
+    with report.figure("facts", title, size=(6, 3.6)) as ax:
+        for arm, numbers in table.items():
+            x = 100 * numbers["price"]
+            ax.plot([x, x], [numbers["null"], numbers["ceiling"]], color="0.8", lw=5, solid_capstyle="butt")
+            ax.plot(x, numbers["match"], "D", label=arm)
+        for name, numbers in rival.items():
+            ax.plot(0, numbers["match"], "o", mfc="none", label=f"dense, {name}")
+        ax.set(xlabel="loss above the dense model, %", ylabel="mean |correlation| (bar: null to ceiling)")
+        ax.legend(fontsize=7)
+
+
+def main():
+    (c,) = configurator.parse(FactsConfig)
+    out = Path(c.out).expanduser()
+    check_writable(out / "experiments")
+    make_runs(c)
+    checkpoints = [finished(folder, c.steps) for folder, _ in plan(c)]
+    save_and_print(measure(run, Study(out, checkpoints), c))
+
+
+if __name__ == "__main__":
+    configurator.run(main)
