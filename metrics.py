@@ -38,10 +38,17 @@ class SignalStatistics:
         self.index = torch.linspace(0, n_tokens - 1, min(SAMPLE, n_tokens)).long()
         self.start = None
         if start is None:
-            self.start = self.sample(vocab.recipe)
-        elif start.exists():
+            self.start = self.sample(self.factors()[0])
+        elif start.exists() and hasattr(vocab, "recipe"):
             with safe_open(start, "pt") as weights:
                 self.start = self.sample(weights.get_tensor("vocab.recipe"))
+
+    def factors(self):
+        """(recipes (V, S), basis (S, d)) as learned; of a sparse vocabulary without its dense part."""
+        if hasattr(self.vocab, "recipe"):
+            return self.vocab.recipe, self.vocab.basis
+        n = self.vocab.n_signal
+        return self.vocab.recipes()[:, :n], self.vocab.basis[:n]
 
     def sample(self, recipe):
         """The sampled rows of a recipe matrix (V, S), (n, S), fp32."""
@@ -57,7 +64,8 @@ class SignalStatistics:
         signal_change: how far the recipes are from step 0, relative to their length there; None
         without a step 0.
         """
-        recipes, basis = self.sample(self.vocab.recipe), self.vocab.basis.detach().float()
+        recipes, basis = self.factors()
+        recipes, basis = self.sample(recipes), basis.detach().float()
         change = None
         if self.start is not None:
             change = ((recipes - self.start.to(recipes)).norm() / self.start.norm()).item()
