@@ -3,6 +3,7 @@
 # make test      install, run the tests
 # make lint      check style
 # make studies   train and compare 27 small runs
+# make facts     train and compare vocabularies whose signals could be determined; hours
 # make audit     what the experiments' claims find and what they refuse
 # make bench     speed and memory
 # make paper     figures and paper/paper.pdf from the committed results
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo smollm2 test lint studies audit bench paper
+.PHONY: demo smollm2 test lint studies facts audit bench paper
 
 demo: .venv/run
 	$(BIN)/python train.py config/reflow_nano.py --resume
@@ -48,6 +49,10 @@ lint: .venv/dev
 
 studies: .venv/run
 	$(BIN)/python experiments/studies/train_runs.py
+
+facts: .venv/run
+	$(BIN)/python data/offline/prepare.py --tokenizer=gpt2-8192
+	$(BIN)/python experiments/studies/facts.py
 
 audit: .venv/run
 	$(BIN)/python experiments/audit.py

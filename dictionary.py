@@ -77,7 +77,7 @@ def native(net):
 
 
 def readable(net):
-    """The learned signals of a ReFlow alone: `native` without the core and the mean of a sparse vocabulary."""
+    """The learned signals of a ReFlow alone: `native` without a sparse vocabulary's core and mean."""
     d, n = native(net), net.config.signals
     return Dictionary(d.name, d.recipes[:, :n], d.basis[:n])
 

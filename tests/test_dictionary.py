@@ -34,6 +34,19 @@ def test_a_dense_model_has_the_coordinates_of_E_as_signals():
     assert torch.equal(d.codes, net.vocab.matrix().detach()[: net.config.n_tokens])
 
 
+def test_the_core_and_the_mean_of_sparse_recipes_are_no_signals():
+    """`native` is all of E. `readable` leaves out the last columns, which are not read."""
+    net = tiny(vocab="sparse", n_signal=24, n_nonzero=3, n_core=2)
+    E = net.vocab.matrix().detach()[: net.config.n_tokens]
+    native, signals = dictionary.native(net), dictionary.readable(net)
+    assert torch.allclose(native.matrix(), E, atol=1e-5) and native.n_signals == 24 + 2 + 1
+    assert signals.n_signals == 24 and ((signals.codes != 0).sum(1) == 3).all()
+    rest = net.vocab.core.detach() @ net.vocab.basis[24:26].detach() + net.vocab.basis[26].detach()
+    assert torch.allclose(signals.matrix(), E - rest[: len(E)], atol=1e-5)
+    plain = tiny()
+    assert torch.equal(dictionary.readable(plain).codes, dictionary.native(plain).codes)
+
+
 def test_a_rotation_keeps_cosines_and_a_skewed_one_does_not():
     net = tiny()
     net.vocab.basis.data = torch.linalg.qr(net.vocab.basis.data).Q  # orthonormal, so that atoms are the basis

@@ -62,6 +62,15 @@ def test_llama_computes_the_same(kind, tmp_path, llama):
     torch.testing.assert_close(logits(llama(tmp_path / "hf"), ids(model)), ours, rtol=0, atol=1e-4)
 
 
+def test_embeddings_before_every_block_are_no_llama(tmp_path):
+    run = save(random_model("gains", reinject=True), tmp_path / "run")
+    for form in ([f"--to={tmp_path / 'hf'}"], ["--form=gguf", f"--to={tmp_path / 'm.gguf'}"]):
+        with pytest.raises(UserError, match="reinject=True .* only --form=reflow keeps it"):
+            go(f"--run={run}", *form)
+    go(f"--run={run}", "--form=reflow", f"--to={tmp_path / 'release'}")
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["release", "run"]
+
+
 @pytest.mark.parametrize("kind", ["factored", "topk", "dense", "gqa"])
 def test_trained_models_too(kind, tmp_path, llama):
     """Logits, perplexity and 200 greedy tokens."""

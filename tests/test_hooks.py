@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hooks
+from configurator import UserError
 from tests.lab_fixtures import ids, loud, tiny
 
 
@@ -112,3 +113,20 @@ def test_steering_with_a_strength_for_each_row_at_some_positions():
     assert torch.allclose(steered[0], before[0], atol=1e-6)
     assert torch.equal(steered[:, :-1], before[:, :-1])
     assert not torch.allclose(steered[1, -1], before[1, -1], atol=1e-2)
+
+
+def test_what_gains_make_another_model_is_refused():
+    """Embeddings before every block: nothing runs from a layer alone. Gains at the input: no E is both."""
+    layered, gains = tiny(vocab="gains", reinject=True), tiny(vocab="gains")
+    idx = torch.tensor([[1, 2, 3]])
+    for use in (
+        lambda: hooks.resid_streams(layered, layered.vocab.embed(idx)),
+        lambda: hooks.LastToken(layered, idx),
+        lambda: hooks.with_embedding(layered, layered.vocab.matrix(), layered.vocab.matrix()),
+        lambda: hooks.with_embedding(gains, gains.vocab.matrix()),
+    ):
+        with pytest.raises(UserError, match="embeddings before every block|gains at its input"):
+            use()
+    both = hooks.with_embedding(gains, gains.vocab.input_matrix(), gains.vocab.matrix())
+    assert torch.allclose(both(idx)[0], gains(idx)[0], atol=1e-5)
+    assert torch.allclose(hooks.resid_streams(gains, gains.vocab.embed(idx))[0], gains.vocab.embed(idx))
