@@ -32,6 +32,7 @@ from experiments.lab import Lab, LabConfig
 from experiments.lab.report import plain
 from experiments.report import read_results, sort_results
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SNAPSHOT_TOKENS = 500
 MODULES = (
     "dom.js",
@@ -50,8 +51,8 @@ class ExploreConfig:
     baseline: str | None = None  # another run whose claims stand beside; None: any run can be chosen
     device: str = "auto"  # auto: cuda, then mps, then cpu
     port: int = 8765  # 0: any that is free
-    host: str = "127.0.0.1"  # another address lets other computers in: they need the token, nothing hides it
-    allow_host: str | None = None  # further names by which the page may be called, as a proxy does: a,b
+    host: str = "127.0.0.1"  # another address lets other computers in; the token is all that keeps them out
+    allow_host: str | None = None  # further names in the URL that are answered: of a proxy, or for 0.0.0.0
     no_browser: bool = False  # only print the URL
     export: str | None = None  # write a static snapshot into this folder instead
 
@@ -125,7 +126,9 @@ def call(name, **ask):
 
 
 def listen(c):
-    """The open socket of --host and --port. UserError."""
+    """The open socket of --host and --port, with a warning if other computers reach it. UserError."""
+    if c.host not in LOOPBACK:
+        print(f"warning: --host={c.host}: whoever sees the URL can use this server", file=sys.stderr)
     family = socket.AF_INET6 if ":" in c.host else socket.AF_INET
     try:
         return socket.create_server((c.host, c.port), family=family)
@@ -155,8 +158,6 @@ def main():
 
     token = secrets.token_urlsafe(24)
     host, port = c.host, sock.getsockname()[1]
-    if host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"warning: --host={host}: whoever sees the URL can use this server", file=sys.stderr)
     shown = f"[{host}]" if ":" in host else host
     allowed = (*LOCAL, shown, *(c.allow_host or "").replace(" ", "").split(","))
     url = f"http://{shown}:{port}/#token={token}"

@@ -8,6 +8,7 @@ about the learned signals. A signal stands beside the rotated one of the same ra
 
 import json
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -28,6 +29,7 @@ WINDOWS, LENGTH = 192, 32  # of held-out text
 FIRST = 4  # tokens of a window that are context alone
 CONTEXTS = 4  # shown of each end
 BINS = 24
+PAUSE = 0.01  # seconds between windows
 
 
 class Cards:
@@ -139,7 +141,8 @@ class Cards:
             return
         activations = {name: [] for name in self.dictionaries}
         self.progress = (0, len(x))
-        for part in x.split(4):
+        for part in x.split(2):
+            time.sleep(PAUSE)  # the page's own questions come first
             with self.lock, torch.no_grad():
                 h = self.model.net.encode(part)[:, FIRST:]  # (4, LENGTH - FIRST, d)
                 for name, d in self.dictionaries.items():

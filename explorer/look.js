@@ -78,7 +78,7 @@ export function promptView() {
     return [heatMap(found, tokens, here, (position, layer) => go({ position, layer })),
       found.first > 0 && h("p", { class: "note" }, `The last ${found.rows[0].length} tokens are drawn.`)];
   });
-  const showNext = () => {
+  const showNext = async () => {
     const ask = { text: state.text, position: state.position, layer: state.layer, target: state.target, foil: state.foil, dictionary: state.dictionary };
     const answer = call("position", ask, state.dictionary === "ica" ? "fitting ICA, which may take minutes" : "summing signals");
     const after = () => `after ${quoted(visible(tokens[state.position ?? tokens.length - 1]?.text ?? ""))}`;
@@ -93,6 +93,7 @@ export function promptView() {
       return [h("h2", {}, sumTitle(found)), h("p", { class: "note" }, `The ${found.terms.length} largest of ${found.terms.length + found.n_others} terms, beside each the words its signal promotes. Grey: size of this rank in random rotations. The forward pass gives ${number(found.logit, 4)}, the terms sum to ${number(found.sum, 4)}.`),
         waterfall(termRows(found, state.dictionary === "native"), "nats"), found.notes.map((note) => h("p", { class: "note" }, note))];
     });
+    await answer.catch(() => {});
   };
   const update = () => {
     if (last.text !== state.text || last.position !== state.position) {
@@ -100,8 +101,7 @@ export function promptView() {
         const found = await call("read", { text: state.text }, "reading");
         tokens = found.tokens;
         if (state.position !== null && state.position >= tokens.length) set({ position: null });
-        showNext();
-        showMap();
+        showNext().then(showMap); // which takes longer
         return tokenRow(found);
       });
     } else {
@@ -148,7 +148,7 @@ function card(found, contexts) {
     h("h3", {}, "Activations on held-out text"),
     found.histogram ? [histogram(found.histogram), h("h3", {}, "Strongest at"), contextLines(found.strong), h("h3", {}, "Weakest at"), contextLines(found.weak)]
       : h("p", { class: "note" }, contexts.missing ? `None: ${contexts.missing}.` : `Reading held-out text: ${contexts.done} of ${contexts.total} windows.`),
-    learned && h("p", { class: "links" }, "Neighbours (cosine): ", found.neighbours.map(([i, cosine]) => h("button", { onclick: openSignal(i) }, `${i} (${number(cosine)})`))));
+    learned && h("p", { class: "links" }, "Neighbours (cosine): ", found.neighbours.filter(([, cosine]) => Math.abs(cosine) > 0.005).map(([i, cosine]) => h("button", { onclick: openSignal(i) }, `${i} (${number(cosine)})`))));
 }
 
 const SIGNAL_METHOD = [

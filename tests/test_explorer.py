@@ -526,6 +526,14 @@ def test_a_port_in_use_is_one_line(explorer, monkeypatch):
             explore.listen(config)
 
 
+def test_other_computers_are_let_in_only_when_asked_and_with_a_warning(capsys):
+    with explore.listen(explore.ExploreConfig(port=0)) as own:
+        assert own.getsockname()[0] == "127.0.0.1" and capsys.readouterr().err == ""
+    with explore.listen(explore.ExploreConfig(host="0.0.0.0", port=0)) as other:
+        assert other.getsockname()[0] == "0.0.0.0"
+        assert capsys.readouterr().err.startswith("warning: --host=0.0.0.0: whoever sees the URL")
+
+
 def test_the_command_prints_a_url_that_works_and_binds_this_computer_alone(explorer):
     script = [
         sys.executable,
