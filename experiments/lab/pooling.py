@@ -142,12 +142,11 @@ def save(result, folder):
 
 def table(results):
     """Pooled Results as text: a line for each claim."""
-    lines = [f"{'':42} {'pooled':14} {'measured':26} gain over the control that is hardest to beat"]
+    lines = [f"{'':43} {'pooled':14} {'measured':26} gain over the control that is hardest to beat"]
     for result in results:
         for claim in result.claims:
             gain = "" if claim.gain is None else f"{claim.weakest}: {claim.gain}"
-            lines.append(
-                f"{result.experiment:18} {claim.key:14} {claim.kind:8} {claim.verdict:14} "
-                f"{claim.measured!s:26} {gain}"
-            )
+            found = claim.reason if claim.verdict == "inconclusive" else f"{claim.measured!s:26} {gain}"
+            start = f"{result.experiment:18} {claim.key:15} {claim.kind:8} {claim.verdict:14}"
+            lines.append(f"{start} {found}".rstrip())
     return "\n".join(lines)
