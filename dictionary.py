@@ -258,9 +258,13 @@ def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
         codes = least_squares(rows, atoms, index, n_kept)
         atoms = best_atoms(rows, codes, weights)
         missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
-        if i < rounds - 1:  # an atom that no row takes becomes a row that is coded badly
-            unused = (codes != 0).sum(0) < 2
-            atoms[unused] = rows[missed.topk(int(unused.sum())).indices]
+        if (
+            i < 3 * rounds // 4
+        ):  # the weakest atom, or all that no row takes, become rows that are coded badly
+            energy = (codes**2 * weights[:, None]).sum(0) * (atoms**2).sum(1)  # (S,)
+            weak = energy <= energy.min()
+            atoms[weak] = rows[missed.topk(int(weak.sum())).indices]
+        if i < rounds - 1:
             atoms = torch.nn.functional.normalize(atoms, dim=1)
     return codes, atoms, float(missed.sum())
 
