@@ -247,6 +247,8 @@ class Model:
 
     def left_out(self):
         """The note that tells which tokens a table leaves out."""
+        if self.words.where != "training":
+            return "How often the model has read a token is not known: tables choose from all of them."
         return f"Tokens seen fewer than {self.least_shown} times in {self.words.where} are left out."
 
     def top(self, scores, k):

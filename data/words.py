@@ -48,8 +48,11 @@ class Words:
     def shown_tokens(self):
         """Ids of the tokens that a table for the eye lists, most frequent first, (n,).
 
-        Seen at least SHOWN_COUNT times, or the FEWEST_SHOWN most frequent known ones if these are more.
+        Seen at least SHOWN_COUNT times, or the FEWEST_SHOWN most frequent known ones if these are more. Of a
+        model whose training text nobody here has: all but control tokens.
         """
+        if self.where != "training":
+            return self.by_count[~np.isin(self.by_count, list(self.tokenizer.vocabulary.control))]
         known = self.known_tokens()
         return known[: max(FEWEST_SHOWN, len(self.known_tokens(SHOWN_COUNT)))]
 

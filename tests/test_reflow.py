@@ -117,6 +117,15 @@ def test_tables_of_a_short_run_list_its_most_frequent_tokens():
     assert len(Words(few).shown_tokens()) == 7
 
 
+def test_tables_of_a_model_of_unknown_training_list_all_tokens(monkeypatch):
+    """A word that is rare in the text at hand may be well known. Control tokens are no words."""
+    words = Words(np.zeros(50257, np.int64), where="the text sotu")
+    assert sorted(words.shown_tokens()) == [i for i in range(50257) if i != words.tokenizer.end_of_text]
+    found = reflow.load(RELEASE, "cpu")
+    monkeypatch.setattr(found, "words", words)
+    assert "not known: tables choose from all" in found.left_out() and not found.is_rare(7)
+
+
 def test_a_rare_token_is_marked_in_every_card_that_is_about_it(model):
     counts = model.words.counts
     once, never, often = (int(np.flatnonzero(rule)[0]) for rule in (counts == 1, counts == 0, counts > 999))
