@@ -151,8 +151,9 @@ def main():
     others = other_runs(lab.checkpoint)
     if c.baseline is not None:
         given = checkpoint.open_run(c.baseline)
-        others = {given.name: lambda: record_of(given)} | others
-    explorer = Explorer(lab, lambda: record_of(lab.checkpoint), others)
+        others = others | {given.name: lambda: record_of(given)}
+    beside = None if c.baseline is None else given.name
+    explorer = Explorer(lab, lambda: record_of(lab.checkpoint), others, beside)
     if c.export:
         return snapshot(explorer, Path(c.export).expanduser())
 

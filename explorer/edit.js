@@ -18,7 +18,7 @@ export function asSteer(edits) {
   const layers = (edit) => edit.place === "input" ? "0" : edit.place === "output" ? String(info.n_layer) : `${edit.start}-${edit.stop}`;
   const name = (edit) => typeof edit.name === "number" ? `s${edit.name}` : edit.name;
   const items = edits.map((edit) => `${edit.value < 0 ? "-" : "+"}${name(edit)}:${Math.abs(edit.value)}@${layers(edit)}`);
-  return `python sample.py --run=${info.place} --prompt=${shell(state.text)} --steer=${shell(items.join(","))} --compare --num_samples=1 --max_new_tokens=${state.n} --temperature=${state.temperature} --seed=${state.seed}`;
+  return `python sample.py --run=${info.place} --prompt=${shell(state.text)} --steer=${shell(items.join(","))} --compare --num_samples=1 --max_new_tokens=${state.n} --temperature=${state.temperature} --seed=${state.seed} --dtype=fp32`;
 }
 
 function shell(text) {

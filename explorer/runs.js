@@ -21,10 +21,11 @@ function estimate([value, low, high]) {
 
 export function runsView() {
   const box = h("div", { id: "claims" }), lines = h("div", { class: "columns" });
-  const pick = h("select", { id: "other", "aria-label": "another run", value: state.other ?? "", onchange: (event) => go({ other: event.target.value || null }) },
+  const pick = h("select", { id: "other", "aria-label": "another run", value: state.other ?? info.beside ?? "", onchange: (event) => go({ other: event.target.value }) },
     h("option", { value: "" }, "no other run"), info.runs.map((name) => h("option", { value: name }, name)));
   const update = () => {
-    const answers = Promise.all([call("claims"), state.other ? call("claims", { run: state.other }) : null]);
+    const name = state.other ?? info.beside;
+    const answers = Promise.all([call("claims"), name && !snapshot ? call("claims", { run: name }) : null]);
     into(box, async () => {
       const [own, other] = await answers;
       const theirs = Object.fromEntries((other?.claims ?? []).map((claim) => [`${claim.experiment} ${claim.key}`, claim]));

@@ -22,19 +22,25 @@ from explorer.edits import edited
 MOST_TOKENS = 256  # of a prompt; the last ones are read
 MOST_COLUMNS = 64  # of the heat map
 BARS = 12
+ABOUT_SIGNALS = ("signal_codebook", "ablate_signal")  # experiments whose claims are about single signals
 STRONG = 8  # signals of a recipe that tokens may share
 
 
 class Explorer:
-    """One model in memory. `record()` gives the results of its experiments, `others` those of other runs."""
+    """One model in memory. `record()` gives the results of its experiments, `others` those of other runs.
 
-    def __init__(self, lab, record, others):
+    `beside`: the name of the one among `others` that stands beside from the start, if any.
+    """
+
+    def __init__(self, lab, record, others, beside=None):
         self.lab = lab
         self.cards = Cards(lab)
         self.model = self.cards.model
         self.lock = self.cards.lock
         self.record = record
         self.others = others  # {name: function like record}
+        self.beside = beside
+        self.own_claims = None  # read anew whenever a page is opened
         self.streams = functools.lru_cache(8)(self._streams)
         self.ends = functools.lru_cache(4096)(self._ends)
         self.dictionary = functools.cache(self._dictionary)
@@ -126,6 +132,7 @@ class Explorer:
     def run(self):
         """What the page says of the model."""
         m, state = self.model, self.lab.checkpoint.state
+        self.own_claims = None
         config = m.net.config
         return {
             "name": self.lab.checkpoint.name,
@@ -141,6 +148,7 @@ class Explorer:
             "place": str(self.lab.checkpoint.run),
             "contexts": self.contexts(),
             "runs": list(self.others),
+            "beside": self.beside,
         }
 
     def common_word(self):
@@ -259,9 +267,9 @@ class Explorer:
                 )
                 change, kl = attribution.remove_signals(pred, d, s)
                 card["ablation"] = {"token": self.name(target[0]), "change": change.item(), "kl": kl.item()}
-        about = [
-            c for c in self.claims()["claims"] if c["experiment"] in ("signal_codebook", "ablate_signal")
-        ]
+        if self.own_claims is None:
+            self.own_claims = self.claims()["claims"]
+        about = [claim for claim in self.own_claims if claim["experiment"] in ABOUT_SIGNALS]
         return {"cards": cards, "contexts": self.contexts(), "claims": about}
 
     def strongest(self, text, position):

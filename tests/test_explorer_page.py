@@ -1,5 +1,6 @@
 """The explorer's page in a real browser, headless: what a person does, and what the page then shows."""
 
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
 
 import explore
+import sample
 from attribution import predict, remove_signals
 from experiments import report
 from experiments.lab import Report, Scores
@@ -206,6 +208,10 @@ def test_an_added_word_is_a_line_for_sample_py_and_python_that_runs(
     exec(page.text_content("#python"), {})
     assert capsys.readouterr().out == shown[1] + "\n"
     assert len(shown) == 3 and len(set(shown)) == 3 and all(text.startswith(TEXT) for text in shown)
+    monkeypatch.setattr("sys.argv", shlex.split(page.text_content("#steer"))[1:])
+    sample.main()
+    without, _, rest = capsys.readouterr().out.partition("\n== with --steer")
+    assert without == f"== without --steer\n{shown[0]}\n" and rest.endswith(f"\n{shown[1]}\n")
 
 
 def test_a_generation_starts_and_stops(server, open_page):
@@ -250,6 +256,28 @@ def test_every_view_fits_in_light_dark_and_on_a_phone(server, open_page, tmp_pat
         assert page.locator("main > p").first.text_content().endswith(".")
         page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
         assert (tmp_path / f"{view}.png").stat().st_size > 10_000
+
+
+def test_two_runs_stand_beside_each_other_and_differences_are_marked(explorer, open_page, monkeypatch):
+    def record(name, *verdicts):
+        fields = {"experiment": "ablate_signal", "kind": "effect", "claim": "it does", "reason": "why"}
+        fields |= {"unit": "words", "n": 30, "measured": [1.0, None, None]}
+        claims = [fields | {"key": f"{i}", "verdict": verdict} for i, verdict in enumerate(verdicts)]
+        curves = {"val_loss": [[0, 9.0], [5, 8.0]], "signal_gini": [[0, 0.4], [5, 0.5]]}
+        return {"name": name, "step": 5, "claims": claims, "left_out": {}, "again": "", "curves": curves}
+
+    monkeypatch.setattr(explorer, "record", lambda: record("one", "supported", "supported"))
+    monkeypatch.setattr(explorer, "others", {"two": lambda: record("two", "supported", "not supported")})
+    monkeypatch.setattr(explorer, "beside", "two")
+    with serving(explorer) as (url, _):
+        page = open_page(f"{url}/#token={TOKEN}&view=runs")
+        page.wait_for_selector("tr.differs")
+        assert page.locator("#claims tbody tr").count() == 2 and page.locator("tr.differs").count() == 1
+        assert "one, step 5 beside two, step 5" in page.text_content("#claims h2")
+        until(page, "document.querySelectorAll('polyline.b').length === 2")
+        assert "Gini" in page.text_content("main")
+        page.select_option("#other", "")
+        until(page, "document.querySelectorAll('tr.differs, polyline.b').length === 0")
 
 
 def test_a_report_sorts_filters_and_fits_a_phone(explorer, open_page, monkeypatch):

@@ -187,7 +187,7 @@ def planted(importer, source):
     return tree | {importer: imports(source, importer.rpartition(".")[0], known)}
 
 
-COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "export", "reflow")]
+COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "export", "explore", "reflow")]
 COMMANDS += sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/studies/*.py")])
 
 
