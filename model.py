@@ -46,7 +46,7 @@ class ModelConfig:
     n_kv_head: int | None = None  # key and value heads, each shared by n_head / n_kv_head query heads
     n_signal: int | None = None  # signals, S; None: n_embd
     n_hidden: int | None = None  # SwiGLU width; None: 8/3 n_embd rounded up to a multiple of 256
-    vocab: Literal["factored", "topk", "sparse", "gains", "dense"] = "factored"  # see VOCABS
+    vocab: Literal["factored", "topk", "sparse", "gains", "dense"] = "factored"  # config/README.md
     top_k: int = 64  # topk only: a recipe keeps its k largest positive signals
     n_nonzero: int = 32  # sparse only: signals of a recipe, on average over all rows
     n_core: int = 16  # sparse only: rank of the dense part beside the recipes
@@ -417,7 +417,7 @@ class GainsVocab(FactoredVocab):
     def reset_parameters(self, std):
         super().reset_parameters(std)
         # Ratios near 1 would fix little; how they start is chance, so that equal ones mean something.
-        self.gain[0].data.log_normal_(std=0.7)
+        self.gain[0].data.log_normal_(mean=0.0, std=0.7)
         for gain in self.gain[1:]:
             nn.init.normal_(gain, std=0.1)
 
@@ -467,7 +467,7 @@ class SparseVocab(Vocab):
 
     E = recipes @ basis, where a recipe has three parts: its entries among the first `n_signal` columns, the
     token's row of `core`, and a 1 for the row that all tokens share. The core and that row of the basis are
-    no signals: only a gauge of their own is fixed. A new model has its entries in random places;
+    no signals: they can be turned among themselves. A new model has its entries in random places;
     `export.py --factor=sparse` takes those of a dictionary of a dense model.
     """
 
@@ -489,6 +489,7 @@ class SparseVocab(Vocab):
         return self.known[2]
 
     def built(self):
+        """The product, formed once."""
         found = FixedVocab(self.matrix())
         found.chunk = self.chunk
         return found

@@ -104,6 +104,9 @@ CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_deca
 CURVE |= {"grad_clip", "seed", "dtype"}
 
 
+GAIN_RATE = 10.0  # of the learning rate, for gains of signals: at 1 they hardly leave their start (LOG.md)
+
+
 def learning_rate(step, c):
     """Of the update after `step` updates: linear warm-up, then half a cosine, min_lr at the last one."""
     if step < c.warmup_steps:
@@ -153,6 +156,9 @@ def make_optimizer(model, c, device):
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if gains := list(getattr(model.vocab, "gain", ())):
+        groups[1]["params"] = [p for p in groups[1]["params"] if all(p is not gain for gain in gains)]
+        groups.append({"params": gains, "weight_decay": 0.0, "rate": GAIN_RATE})
     adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
     if not of_muon:
         return adamw
@@ -438,7 +444,7 @@ def train(m, c, run):
     while step < c.max_steps:
         torch.manual_seed(step_seed(c.seed, step, rank))  # dropout is a function of the step: nothing to save
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
+            group["lr"] = learning_rate(step, c) * group.get("rate", 1.0)
         loss = torch.zeros((), device=device)
         scale = scaler.get_scale()  # waits for a GPU, so once a step
         for i, (x, y) in enumerate(zip(*batch, strict=True)):

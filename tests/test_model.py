@@ -173,6 +173,19 @@ def test_sparse_recipes_have_their_entries_where_they_were_put():
     assert torch.equal(other.vocab.matrix(), model.vocab.matrix())
 
 
+def test_gains_start_around_one_with_a_spread():
+    """At the input log-normal, before the blocks around zero: the stream starts as a factored one's."""
+    torch.manual_seed(0)
+    model = ReFlow(
+        ModelConfig(**{**TINY, "n_embd": 400, "n_signal": 2000, "vocab": "gains", "reinject": True})
+    )
+    first, *others = model.vocab.gain
+    assert abs(first.log().mean()) < 0.05 and first.log().std().item() == pytest.approx(0.7, rel=0.05)
+    assert len(others) == 2
+    for gain in others:
+        assert abs(gain.mean()) < 0.01 and gain.std().item() == pytest.approx(0.1, rel=0.05)
+
+
 def test_rotating_the_signals_changes_a_model_with_gains():
     """The function fixes the axes: recipe R and R' basis are another one, but signals in another order,
     with their gains, are the same."""

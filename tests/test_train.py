@@ -887,6 +887,16 @@ def test_only_matrices_decay(vocab):
         assert decays[id(p)] == (0.0 if p.dim() < 2 else 0.3), name
 
 
+def test_gains_learn_ten_times_as_fast(tiny, tmp_path):
+    """A first AdamW step moves a weight by the learning rate, and a gain by ten times that."""
+    options = ["--max_steps=1", "--warmup_steps=0", "--lr=1e-3", "--min_lr=1e-3", "--grad_clip=0"]
+    run = go(tiny, tmp_path / "run", *GAINS, *options)
+    start, end = (checkpoint.load_tensors(run / f"step_{n:06d}/model.safetensors") for n in (0, 1))
+    for name in ("vocab.gain.0", "vocab.gain.2", "norm.weight"):
+        moved = (end[name] - start[name]).abs().median().item()
+        assert moved == pytest.approx(1e-2 if "gain" in name else 1e-3, rel=0.05), name
+
+
 def test_learning_rate():
     """A line up to the peak, half a cosine down to min_lr at the last update; a pure function of the step."""
     c = train.TrainConfig(out_dir="", lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=111)
