@@ -10,9 +10,11 @@ What is not named stays as it is. Nothing is written unless every result, new or
 that runs.json describes.
 """
 
+import csv
 import json
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,8 +25,9 @@ import checkpoint
 import configurator
 from checkpoint import write_atomically
 from configurator import UserError
-from data.datasets import dataset_of
+from data.datasets import dataset_of, is_imported
 from experiments.lab.lab import run_identity
+from experiments.lab.report import COLUMNS
 from experiments.lab.results import read_result
 from experiments.run_all import NAMES
 from experiments.studies import STUDIES
@@ -34,6 +37,7 @@ from hardware import count_parameters
 from model import ModelConfig
 
 RESULTS = Path(__file__).parent / "results"
+MOST_ROWS = 10_000  # of a metric
 
 
 @dataclass
@@ -56,9 +60,13 @@ def corpus(ckpt):
 
 
 def describe(ckpt):
-    """The entry of a run in runs.json. A run that export.py made of another has no curve and no speed."""
+    """The entry of a run in runs.json. A run that export.py made of another has no curve and no speed.
+
+    Of an imported model nobody here knows corpus and tokens; its bits per byte are of some windows.
+    """
     state = ckpt.state
-    if state["whole_val_loss"] is None:
+    imported = is_imported(state)
+    if state["whole_val_loss"] is None and not imported:
         raise UserError(
             f"{ckpt.path} has no loss over the whole validation split:"
             " name the last checkpoint of a finished run"
@@ -73,10 +81,10 @@ def describe(ckpt):
     return asdict(run_identity(ckpt)) | {
         "weights_sha256": file_sha256(ckpt.weights),
         "config": state["config"],
-        "corpus": corpus(ckpt),
+        "corpus": None if imported else corpus(ckpt),
         "dtype": state.get("dtype"),
         "parameters": count_parameters(ModelConfig(**ckpt.model_config)),
-        "tokens": ckpt.step * ckpt.train_config["batch_size"] * ckpt.model_config["block_size"],
+        "tokens": ckpt.step * ckpt.train_config.get("batch_size", 0) * ckpt.model_config["block_size"],
         "tokens_per_s": median(speeds) if speeds else None,
         "whole_val_loss": state["whole_val_loss"],
         "bits_per_byte": state["bits_per_byte"],
@@ -128,6 +136,17 @@ def all_studies(folder):
     return found
 
 
+def copy_rows(source, target):
+    """Copy a rows.csv without the metrics that have more than MOST_ROWS: parts x signals of a large model."""
+    with open(source, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    many = Counter(row["metric"] for row in rows)
+    with open(target, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if many[row["metric"]] <= MOST_ROWS)
+
+
 def gather(c, runs):
     """{place in paper/results, without an ending: folder of a result}. Adds the runs to `runs`."""
     places = {}
@@ -167,7 +186,7 @@ def main():
     for place, folder in places.items():
         (RESULTS / place).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / "result.json", RESULTS / f"{place}.json")
-        shutil.copyfile(folder / "rows.csv", RESULTS / f"{place}.csv")
+        copy_rows(folder / "rows.csv", RESULTS / f"{place}.csv")
     if c.bench:
         machine = json.loads(Path(c.bench).read_text(encoding="utf-8")).get("machine", {})
         is_bf16 = machine.get("dtype") == "bfloat16"

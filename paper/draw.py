@@ -1,5 +1,6 @@
 """Draw the paper's figures from paper/results."""
 
+import functools
 import hashlib
 import textwrap
 from contextlib import contextmanager
@@ -99,22 +100,15 @@ def draw_sparsity(run):
 def draw_layers(run):
     """The logit lens, recovery by patching, and the effect of injections, layer by layer."""
 
-    def plot(ax, experiment, dash="o-", label=None, **where):
-        found = rows(run, experiment, **where)
-        if not found:  # no plain model stood beside the run
-            return
-        x = [row["layer"] for row in found]
-        y = [row["value"] for row in found]
-        ax.plot(x, y, dash, ms=3, color=COLOURS[where["model"]], label=label)
-
+    plot = functools.partial(draw_rows, run=run)
     with figure("layers", columns=3, size=(7, 2.5)) as (lens, patch, inject):
         for model in ("reflow", "baseline", "step 0"):
-            plot(lens, "signal_lens", label=model, model=model, metric="KL(final || lens)")
+            plot(lens, experiment="signal_lens", label=model, model=model, metric="KL(final || lens)")
             recovery = {"model": model, "metric": "recovery, last token"}
-            plot(patch, "crystallization", control="short", **recovery)
-            plot(patch, "crystallization", "o:", control="long", **recovery)
+            plot(patch, experiment="crystallization", control="short", **recovery)
+            plot(patch, experiment="crystallization", dash="o:", control="long", **recovery)
             change = {"model": model, "metric": "change of logit difference", "pos": "all"}
-            plot(inject, "crystallization", dictionary="", strength=1.0, **change)
+            plot(inject, experiment="crystallization", dictionary="", strength=1.0, **change)
         lens.set(xlabel="layer", ylabel="KL(final || logit lens), nats", yscale="symlog")
         lens.legend(fontsize=7)
         patch.set(xlabel="layer", ylabel="recovery at the last token")
@@ -158,6 +152,37 @@ def draw_forced(ax, run):
         ax.step(x, share, where="post", color=COLOURS[model], label=model)
     ax.set(xlabel="dose, residual norms", ylabel="share of pairs forced", xscale="log", ylim=(0, 1.02))
     ax.legend(fontsize=7)
+
+
+def draw_trained(run):
+    """A trained model: injections and patching by layer, tilt by dose, the signals of one prediction."""
+    with figure("trained", 2, 2, size=(7, 4.8)) as axes:
+        (inject, patch), (dose, waterfall) = axes.reshape(2, 2)
+        for model in ("reflow", "step 0"):
+            for where, dash in (("all", "o-"), ("last", "o:")):
+                change = {"model": model, "metric": "change of logit difference", "dictionary": ""}
+                draw_rows(inject, run, "crystallization", dash, f"{model}, {where}", pos=where, **change)
+            for length, dash in (("short", "o-"), ("long", "o:")):
+                recovery = {"model": model, "metric": "recovery, last token", "control": length}
+                draw_rows(patch, run, "crystallization", dash, f"{model}, {length}", **recovery)
+        inject.set(xlabel="layer of the injection", ylabel="change of logit difference, nats")
+        patch.set(xlabel="layer patched at the last token", ylabel="recovery")
+        patch.axhline(0.5, color="#999999", lw=0.8, ls=":")
+        for ax in (inject, patch):
+            ax.legend(fontsize=6.5)
+        draw_tilt(dose, run)
+        parts = rows(run, "ablate_signal", metric="contribution")
+        values = np.array([row["value"] for row in sorted(parts, key=lambda row: int(row["signal"]))])
+        plots.plot_waterfall(waterfall, values, "contribution, nats; sums exactly", top=8)
+        waterfall.set_title(parts[0]["prompt"], fontsize=6.5)
+
+
+def draw_rows(ax, run, experiment, dash="o-", label=None, **where):
+    """The values of some rows of a run by layer; nothing where there are none."""
+    if found := rows(run, experiment, **where):
+        x = [row["layer"] for row in found]
+        y = [row["value"] for row in found]
+        ax.plot(x, y, dash, ms=3, color=COLOURS[where["model"]], label=label)
 
 
 def draw_curves():
@@ -233,3 +258,4 @@ def draw():
     draw_interventions(run)
     draw_curves()
     draw_seeds()
+    draw_trained(next(iter(reading.gauges().values())))

@@ -49,6 +49,11 @@ def claims(run):
     return {(claim.experiment, claim.key): claim for claim in found}
 
 
+def gauges():
+    """{signals, in words: run} of the trained model in several dictionaries, its own coordinates first."""
+    return {words: run for words, run in SUBJECT["trained"].items() if run in load("runs")}
+
+
 def of_older_rules(run):
     """Whether the results of a run are from before an effect had to beat three null models, not only step 0.
 

@@ -1,4 +1,4 @@
-"""Write the README's two blocks, results and speed, from paper/results."""
+"""Write the README's three blocks, trained model, results and speed, from paper/results."""
 
 import textwrap
 
@@ -8,6 +8,7 @@ from paper.reading import (
     PAPER,
     SUBJECT,
     claims,
+    gauges,
     has_plain,
     judged,
     load,
@@ -198,18 +199,59 @@ def about_others(run):
     return parts
 
 
-def table(found):
-    """The claims with a published counterpart, as Markdown."""
+def table(names):
+    """The claims with a published counterpart, measured on some runs, as Markdown."""
     lines = [
-        "| claim | published | measured, 95 % interval | decided by | verdict |",
-        "|---|---|---|---|---|",
+        f"| claim | published | {' | '.join(f'`{name}`' for name in names)} |",
+        "|---" * (2 + len(names)) + "|",
     ]
-    for claim in found:
+    found = {name: claims(name) for name in names}
+    for key, claim in found[names[0]].items():
         if claim.published:
-            sentence = f"`{claim.experiment}`: {claim.claim}"
-            cells = (sentence, claim.published, number(claim.measured), claim.reason, claim.verdict)
+            measured = [found[name][key] for name in names]
+            cells = [f"`{claim.experiment}`: {claim.claim}", claim.published]
+            cells += [f"{number(c.measured)}, {c.verdict}: {c.reason}" for c in measured]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def trained_block():
+    """The README's results on a trained model, beside those of the small one, as Markdown."""
+    runs, small = load("runs"), SUBJECT["runs"]["factored"]
+    (_, own), *others = gauges().items()
+    found = {name: claims(name).values() for name in (own, small)}
+
+    def share(kind, name):
+        of = of_kind(kind, found[name])
+        return f"{len(supported(of))} of {len(of)}"
+
+    turned = [
+        f"With {words} as signals the same model supports"
+        f" {len(supported(of_kind('signals', claims(name).values())))}."
+        for words, name in others
+    ]
+    nulls = result(own, "ablate_signal").numbers["nulls"]
+    return "\n\n".join(
+        [
+            paragraph(
+                f"**On a fully trained model, {share('effect', own)} effect claims are supported; on"
+                f" `{small}`, {share('effect', small)}. Of the signals claims, its own coordinates as signals"
+                f" support {share('signals', own)}, the learned signals of `{small}`"
+                f" {share('signals', small)}.**",
+                *turned,
+            ),
+            paragraph(
+                f"`{own}` is SmolLM2-135M-Instruct, {runs[own]['parameters']:,} parameters,"
+                f" {runs[own]['bits_per_byte']:.3f} bits per byte on windows of the embedded corpus"
+                f" (`{small}`: {runs[small]['bits_per_byte']:.3f} on its own validation split)."
+                f" Its null models: {'; '.join(f'{name}, {text}' for name, text in nulls.items())}.",
+            ),
+            "Claims with a published counterpart; the published models have 464M or 515M parameters:",
+            table([own, small]),
+            "![SmolLM2 by layer: injections, patching; dose and response; the signals of one prediction]"
+            "(paper/figures/trained.svg)",
+        ]
+    )
 
 
 def results_block():
@@ -219,8 +261,6 @@ def results_block():
         finding(run),
         about_model(run),
         *about_others(run),
-        "These claims have a published counterpart. The published models are far larger than this one:",
-        table(claims(run).values()),
         paragraph(
             "The figure shows all signals claims on one scale. The band is the range of random rotations,"
             " the diamond is the learned signals."
@@ -258,9 +298,10 @@ def speed_block():
 
 
 def readme():
-    """The README with its two generated blocks as they should be. Raises UserError if it has no marks."""
+    """The README with its generated blocks as they should be. Raises UserError if it has no marks."""
     text = README.read_text(encoding="utf-8")
-    for name, block in (("results", results_block()), ("speed", speed_block())):
+    blocks = {"trained": trained_block(), "results": results_block(), "speed": speed_block()}
+    for name, block in blocks.items():
         begin = f"<!-- {name}: written by paper/build.py -->"
         end = f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)

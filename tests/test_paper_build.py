@@ -44,7 +44,7 @@ def test_rewording_every_claim_changes_nothing_but_the_sentences(tmp_path, monke
     results = copy_results(tmp_path, monkeypatch)
     found = {claim.claim for path in results.glob("*/*.json") for claim in read_result(path).claims}
     paper_before = [text if text not in found else "(reworded)" for text in paper_texts(tmp_path)]
-    block_before = " ".join(readme.results_block().split())
+    block_before = " ".join((readme.trained_block() + readme.results_block()).split())
     page_before = page()
     for sentence in sorted(found, key=len, reverse=True):
         block_before = block_before.replace(sentence.replace("|", "\\|"), "(reworded)")
@@ -53,7 +53,7 @@ def test_rewording_every_claim_changes_nothing_but_the_sentences(tmp_path, monke
         assert before.count("(reworded)") > 10
 
     change_claims(results, lambda claim: setattr(claim, "claim", "(reworded)"))
-    assert " ".join(readme.results_block().split()) == block_before
+    assert " ".join((readme.trained_block() + readme.results_block()).split()) == block_before
     assert paper_texts(tmp_path) == paper_before
     assert page() == page_before
 

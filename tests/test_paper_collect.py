@@ -86,6 +86,16 @@ def test_a_named_checkpoint_brings_its_own_results(tmp_path, monkeypatch):
         assert kept.with_suffix(".csv").read_text().strip().endswith(f",{len(given.name)}")
 
 
+def test_a_metric_with_very_many_rows_stays_with_the_run(tmp_path, monkeypatch):
+    """Other rows are collected as they are."""
+    monkeypatch.setattr(collect, "MOST_ROWS", 5)
+    lines = ["metric,value"] + ["few,1"] * 5 + ["many,2"] * 6
+    text = [",".join(collect.COLUMNS)] + ["," * 9 + line for line in lines[1:]]
+    (tmp_path / "rows.csv").write_text("\n".join(text) + "\n")
+    collect.copy_rows(tmp_path / "rows.csv", tmp_path / "kept.csv")
+    assert (tmp_path / "kept.csv").read_text().splitlines() == text[:6]
+
+
 def test_results_of_a_release_belong_to_its_run(tmp_path, monkeypatch):
     """--released takes results of rounded weights of a run that runs.json has, and of no other run."""
     data = corpus(tmp_path / "data", repeats=1)
@@ -123,6 +133,16 @@ def test_a_run_whose_data_is_not_here_is_not_collected(tmp_path, monkeypatch):
     with pytest.raises(collect.UserError, match="no loss over the whole validation split"):
         collected(monkeypatch, tmp_path / "results", f"--runs={run}")
     assert not (tmp_path / "results").exists()
+
+
+def test_an_imported_model_is_collected_without_a_corpus_of_its_own(tmp_path, monkeypatch):
+    """Nobody here knows what it was trained on, and it has no loss over a whole split."""
+    data = corpus(tmp_path / "data", repeats=1)
+    run = save_run(tmp_path / "run", tiny(vocab="dense"), data, step=0, imported_from="elsewhere")
+    change_state(checkpoint.find(run), whole_val_loss=None)
+    collected(monkeypatch, tmp_path / "results", f"--runs={run}")
+    entry = json.loads((tmp_path / "results" / "runs.json").read_text())["run"]
+    assert entry["corpus"] is None and entry["tokens"] == 0 and entry["bits_per_byte"] == 2.0
 
 
 def test_a_result_of_an_older_form_is_refused(tmp_path, monkeypatch):

@@ -7,18 +7,35 @@ OTHERS = [reading.SUBJECT["coordinates"], reading.SUBJECT["second"], reading.SUB
 
 
 def test_the_readme_shows_these_results():
-    """The README's two blocks are what paper/build.py writes from the committed results."""
+    """The README's blocks are what paper/build.py writes from the committed results."""
     assert readme.readme() == readme.README.read_text(encoding="utf-8"), "run python paper/build.py"
 
 
 def test_the_block_says_its_finding_in_words_first_and_in_lines_that_fit():
     block = readme.results_block()
-    finding, _ = block.split("\n|", 1)
+    finding, _ = block.split("\n!", 1)
     assert finding.startswith("**The learned signals") and len(finding.split()) > 50
     text = [line for line in block.splitlines() if not line.startswith("|")]
     assert len(text) <= 40 and len(readme.speed_block().splitlines()) <= 26
     for line in (block + readme.speed_block()).splitlines():
         assert line.startswith("|") or len(line) <= 160, line
+
+
+def test_the_trained_model_stands_beside_the_small_one_with_what_its_results_hold(tmp_path, monkeypatch):
+    """Counts and verdicts follow the results of either; every published claim has a line."""
+    results = copy_results(tmp_path, monkeypatch)
+    trained = next(iter(reading.gauges().values()))
+    change_claims(results, lambda claim: setattr(claim, "verdict", "not supported"))
+    change_results(results.glob(f"{trained}/*.json"), lambda claim: setattr(claim, "verdict", "supported"))
+    found = reading.claims(trained).values()
+    n_effects, n_signals = (len(reading.of_kind(kind, found)) for kind in ("effect", "signals"))
+    text = " ".join(readme.trained_block().split())
+    assert f"{n_effects} of {n_effects} effect claims are supported; on `{RUN}`, 0 of" in text
+    assert f"support {n_signals} of {n_signals}, the learned signals of `{RUN}` 0 of" in text
+    lines = [line for line in readme.trained_block().splitlines() if line.startswith("| `")]
+    assert len(lines) == sum(bool(claim.published) for claim in found)
+    assert all(", supported: " in line and ", not supported: " in line for line in lines)
+    assert all(line.startswith("|") or len(line) <= 160 for line in readme.trained_block().splitlines())
 
 
 def test_what_the_block_says_follows_the_results(tmp_path, monkeypatch):
