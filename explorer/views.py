@@ -3,6 +3,7 @@ What the page asks for, as JSON. Numbers come from reflow.py, attribution.py, ho
 """
 
 import functools
+import threading
 import time
 
 import torch
@@ -43,7 +44,8 @@ class Explorer:
         self.own_claims = None  # read anew whenever a page is opened
         self.streams = functools.lru_cache(8)(self._streams)
         self.ends = functools.lru_cache(4096)(self._ends)
-        self.dictionary = functools.cache(self._dictionary)
+        self.fitting = threading.Lock()
+        self.fitted = {}
         self.shared = functools.cache(self._shared)
         self.turns = functools.cache(self._turns)
 
@@ -71,12 +73,19 @@ class Explorer:
             net.encode(torch.tensor([ids], device=self.model.device))
         return [streams[layer] for layer in places]
 
-    def _dictionary(self, name):
+    def dictionary(self, name):
         """native, rotated, pca or ica of the model's E. UserError if ICA fails."""
         if name in self.cards.dictionaries:
             return self.cards.dictionaries[name]
+        with self.fitting:  # once, whoever asks
+            if name not in self.fitted:
+                self.fitted[name] = self.fit(name)
+        return self.fitted[name]
+
+    def fit(self, name):
+        """pca or ica of the model's E, fitted to the tokens that the experiments fit it to."""
         E = self.lab.model.E
-        enough = max(len(self.lab.words.known_tokens()), 4 * E.size(1))  # as the experiments fit them
+        enough = max(len(self.lab.words.known_tokens()), 4 * E.size(1))
         fit = torch.from_numpy(self.lab.words.by_count[:enough])
         return dictionary.pca(E, fit) if name == "pca" else dictionary.ica(E, fit, self.lab.seed)
 
