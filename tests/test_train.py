@@ -920,14 +920,15 @@ def test_the_schedule_is_in_the_metrics(tiny, tmp_path):
 
 @pytest.mark.parametrize("config", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_dry_run(config, tmp_path, monkeypatch, capsys):
-    """For every config file: the parameters, and neither a dataset is read nor a file made."""
+    """For every config file: the parameters, and neither a text is read nor a file made."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "Dataset", None)
     monkeypatch.setattr(sys, "argv", ["train.py", str(config), "--dry_run"])
     before = sorted(ROOT.glob("*")), sorted(ROOT.glob("data/*/*"))
     train.main()
     out = capsys.readouterr().out
-    m, _ = configurator.parse(ModelConfig, train.TrainConfig, argv=[str(config)])
+    m, c = configurator.parse(ModelConfig, train.TrainConfig, argv=[str(config)])
+    m = train.fitted(m, train.tokenizer_of(c.dataset))
     with torch.device("meta"):
         total = sum(p.numel() for p in ReFlow(m).parameters())
     assert f" {total:,} parameters" in out and "GiB" in out and "4 x T4" in out
