@@ -25,6 +25,9 @@ def test_runs_that_do_not_compare_are_refused(tmp_path):
         Study(tmp_path, [a, b]).by_shape()
     with pytest.raises(UserError, match="a and c .* more than their seed"):
         Study(tmp_path, [a, c]).by_shape()
+    b.state["config"]["train"]["seed"] = 1
+    del b.state["config"]["model"]["n_core"]  # of a version that had no such setting
+    Study(tmp_path, [a, b]).by_shape()
     b.state["data_sha256"] = "another"
     with pytest.raises(UserError, match="a and b differ in data, steps"):
         Study(tmp_path, [a, b]).by_shape()

@@ -7,7 +7,7 @@ The report of a study takes a Study in place of a Lab. Its result has the same f
 import glob
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -124,7 +124,8 @@ def batches(ckpt):
 
 def settings(ckpt):
     """What the runs of one kind and size have in common."""
-    return ckpt.model_config, [ckpt.train_config.get(key) for key in SCHEDULE]
+    model = asdict(ModelConfig(**ckpt.model_config))  # with defaults for what an older run does not name
+    return model, [ckpt.train_config.get(key) for key in SCHEDULE]
 
 
 def common_seeds(table, size, *kinds):
