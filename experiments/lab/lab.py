@@ -238,10 +238,12 @@ class Lab:
         "step 0", "noise" and "shuffled text" or, where that cannot be had, "frequencies". The report in the
         making says what they are.
         """
-        last = self.shuffled_text or self.frequencies
+        found = [self.step0, self.noise, self.shuffled_text]
+        if found[-1] is None and nulls.has_substitute(self.checkpoint):
+            found[-1] = self.frequencies
         if self.report is not None:
             self.report.about_nulls(self.about_nulls())
-        return {subject.name: subject for subject in (self.step0, self.noise, last)}
+        return {subject.name: subject for subject in found if subject is not None}
 
     def about_nulls(self):
         """{name: text} of what the null models of this run are."""
@@ -250,7 +252,7 @@ class Lab:
         steps, why_none = nulls.steps_of(self.checkpoint)
         share = f"{steps:,} of the run's {self.checkpoint.step:,} steps"
         found["shuffled text"] = f"missing: {why_none}" if why_none else f"{start}, trained for {share}"
-        if why_none:
+        if why_none and nulls.has_substitute(self.checkpoint):
             fit = f"what the counts of tokens in {self.words.where} tell of the vocabulary's rows"
             found["frequencies"] = f"noise, and {fit}"
         return found

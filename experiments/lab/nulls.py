@@ -13,8 +13,8 @@ on it by train.py, with the run's start, settings, seed and number of steps. It 
 nulls/, or in the user's cache where that cannot be written, and it is a run like any other. A run that needs
 more than BUDGET operations gets fewer steps, on a schedule as much shorter; the result says so.
 
-There is no such null model of a model whose training is unknown, or that is too large for LEAST_STEPS. Then
-the model of frequencies takes its place: the rows of its vocabulary are a least-squares fit of the run's own
+There is no such null model of a model whose training is unknown, or that is too large for LEAST_STEPS. If it
+is imported or too large, the model of frequencies takes its place: the rows of its vocabulary are a least-squares fit of the run's own
 rows on 1, log count and its square, plus noise as long as what the fit leaves. All else is the noise model.
 It knows what all rows share and what frequency tells of them, and nothing else. It is untrained, and
 therefore the weaker control.
@@ -35,6 +35,7 @@ import checkpoint
 import files
 from checkpoint import Checkpoint
 from configurator import UserError
+from data.datasets import is_imported
 from data.shards import Writer, user_cache
 from data.tokenizer import kept
 from experiments.lab.stats import regress_out
@@ -73,6 +74,11 @@ def add_noise(start, trained, generator):
             length = (goal[name] - weight).norm(**by_row)
             weight += noise * (length / noise.norm(**by_row))
     return net
+
+
+def has_substitute(ckpt):
+    """Whether the model of frequencies may stand for shuffled text: beside imported and too large models."""
+    return is_imported(ckpt.state) or (ckpt.step > 0 and "lr" in ckpt.train_config)
 
 
 def frequencies(noise, trained, counts, generator):

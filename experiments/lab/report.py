@@ -137,10 +137,8 @@ class Report:
         """Say what the null models are, {name: text}: in numbers, and in a note if one is missing."""
         if "nulls" not in self.numbers:
             missing = [f"{name} {text}" for name, text in texts.items() if text.startswith("missing")]
-            self.notes += [
-                f"A null model is not among the controls, {text}. That of frequencies takes its place."
-                for text in missing
-            ]
+            instead = " That of frequencies takes its place." if "frequencies" in texts else ""
+            self.notes += [f"A null model is not among the controls, {text}.{instead}" for text in missing]
         self.numbers["nulls"] = texts
 
     def row(self, metric, value, **where):
