@@ -77,7 +77,7 @@ def moved_and_sparse():
 def test_a_privileged_basis_that_training_moved_is_found(tmp_path, text):
     report = basis_geometry.run(open_lab(save_run(tmp_path / "run", moved_and_sparse(), text, start=START)))
     assert verdicts(report) == {"movement": "supported", "privileged": "supported"}
-    assert set(report["movement"].controls) == {"moved independently", "noise", "frequencies"}
+    assert set(report["movement"].controls) == {"moved independently", "noise"}
     assert report["privileged"].n_gauges == 99 and report["privileged"].p == pytest.approx(0.01)
     assert report.numbers["row_kurtosis"]["reflow"]["p_two_sided"] == pytest.approx(0.01)
     assert 0.2 < report.numbers["shape"]["basis"]["energy unseen"] < 0.8

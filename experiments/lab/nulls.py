@@ -14,10 +14,10 @@ nulls/, or in the user's cache where that cannot be written, and it is a run lik
 more than BUDGET operations gets fewer steps, on a schedule as much shorter; the result says so.
 
 There is no such null model of a model whose training is unknown, or that is too large for LEAST_STEPS. If it
-is imported or too large, the model of frequencies takes its place: the rows of its vocabulary are a least-squares fit of the run's own
-rows on 1, log count and its square, plus noise as long as what the fit leaves. All else is the noise model.
-It knows what all rows share and what frequency tells of them, and nothing else. It is untrained, and
-therefore the weaker control.
+is imported or too large, the model of frequencies takes its place: the rows of its vocabulary are a
+least-squares fit of the run's own rows on 1, log count and its square, plus noise as long as what the fit
+leaves. All else is the noise model. It knows what all rows share and what frequency tells of them, and
+nothing else. It is untrained, and therefore the weaker control.
 """
 
 import copy
