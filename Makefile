@@ -41,7 +41,7 @@ smollm2: .venv/run
 	$(BIN)/python experiments/report.py --run=out/smollm2
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
 lint: .venv/dev
 	$(BIN)/ruff check .
