@@ -274,7 +274,7 @@ def default_run(out="out"):
     elif newest:
         run, why = newest[0], f"the newest run under {out}/, none has signals"
     elif released := releases():
-        run, why = released[0], f"no run under {out}/"
+        run, why = released[0], f"no run under {out}/, so the release"
     else:
         raise UserError(f"no trained model under {out}/: {remedy()}")
     print(f"--run={shortest(run)}: {why}", file=sys.stderr)

@@ -117,12 +117,14 @@ const tickets = new WeakMap();
 export async function into(element, make) {
   const ticket = {};
   tickets.set(element, ticket);
+  element.setAttribute("aria-busy", "true"); // what stands there is old: it is dimmed
   let content;
   try {
     content = await make();
   } catch (error) {
-    if (error.name === "AbortError") return;
-    content = [h("p", { class: "error", role: "alert" }, error.message)];
+    if (error.name !== "AbortError") content = [h("p", { class: "error", role: "alert" }, error.message)];
   }
-  if (tickets.get(element) === ticket && content) fill(element, content);
+  if (tickets.get(element) !== ticket) return;
+  element.removeAttribute("aria-busy");
+  if (content) fill(element, content);
 }

@@ -2,7 +2,7 @@
 import { call, go, into, set, snapshot, state, stream, url } from "./api.js";
 import { about, fill, h, number, quoted, soon, visible } from "./dom.js";
 import { likely, waterfall } from "./draw.js";
-import { info, pairBoxes, prompt, sumTitle, termRows, tokenRow } from "./look.js";
+import { info, pairBoxes, prompt, shareOf, sumTitle, termRows, tokenRow } from "./look.js";
 
 const EDIT_METHOD = [
   "add: the direction of a signal or of a word's embedding enters the stream, value times as long as the stream is there, at every token. scale: what there is of it is multiplied by the value; 0 removes it.",
@@ -43,7 +43,7 @@ export function editView() {
     const answer = call("edit", ask, "computing");
     into(next, async () => {
       const found = await answer;
-      return [h("h2", {}, "Next token"), h("p", { class: "note" }, `KL from the model without edits ${number(found.kl, 4)} nats. ${found.exact ? "Exact, no forward pass" : "A forward pass"}, ${number(found.ms, 0)} ms. Ticks: without edits.`),
+      return [h("h2", {}, "Next token"), h("p", { class: "note" }, `KL from the model without edits ${number(found.kl, 4)} nats. ${found.exact ? "Exact, no forward pass" : "A forward pass"}, ${number(found.ms, 0)} ms. Ticks: without edits.${shareOf(found.top)}`),
         likely(found.top, found.target.id, (target) => go({ target }))];
     });
     into(terms, async () => {
@@ -56,8 +56,9 @@ export function editView() {
   };
   const showPrice = soon(() => into(price, async () => {
     if (!state.edits.length) return ["No edits yet."];
+    if (!price.querySelector(".paid")) fill(price, "The price is being measured.");
     const found = await call("price", { edits: state.edits }, "measuring the price");
-    return [`Price on ${found.tokens} tokens of held-out text: KL ${number(found.edits, 4)} nats per token; a random direction of equal size: ${number(found["random direction"], 4)}.`];
+    return [h("span", { class: "paid" }, `Price on ${found.tokens} tokens of held-out text: KL ${number(found.edits, 4)} nats per token; a random direction of equal size: ${number(found["random direction"], 4)}.`)];
   }), 400);
   const showCopies = () => {
     const steer = asSteer(state.edits);

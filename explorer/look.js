@@ -59,6 +59,10 @@ export function sumTitle(found) {
   return found.foil ? `${of(found.target)} − ${of(found.foil)}, nats` : `${of(found.target)}, nats`;
 }
 
+export function shareOf(rows) {
+  return ` These ${rows.length} have ${percent(rows.reduce((sum, row) => sum + row.p, 0))} of the probability.`;
+}
+
 const PROMPT_METHOD = [
   "A logit is a sum over signals, exactly: logit[v] = sum over s of A[s] W[v, s], with A the activations of the final state and W the recipes. The bars are these terms; the last one is their sum, which the forward pass gives as well.",
   "A random rotation of the signals is the same model. So the grey line under a bar is its control: how large a term of this rank is, in the mean, in 5 random rotations. Terms that are hardly longer say nothing about the learned signals. PCA and ICA of the same embedding are rivals found after training.",
@@ -84,7 +88,7 @@ export function promptView() {
     const after = () => `after ${quoted(visible(tokens[state.position ?? tokens.length - 1]?.text ?? ""))}`;
     into(next, async () => {
       const found = await answer;
-      return [h("h2", {}, "Next token ", after()), h("p", { class: "note" }, found.layer === info.n_layer ? "Click a token to explain its logit." :
+      return [h("h2", {}, "Next token ", after()), h("p", { class: "note" }, found.layer === info.n_layer ? `Click a token to explain its logit.${shareOf(found.top)}` :
         [`Read from the stream at layer ${found.layer}. `, h("button", { onclick: () => go({ layer: null }) }, "read the last one")]),
       likely(found.top, found.target.id, (target) => go({ target }))];
     });
@@ -217,7 +221,7 @@ export function tokenView() {
     });
     if (!snapshot) into(sums, async () => {
       const found = await call("arithmetic", { plus: state.plus, minus: state.minus, also: state.also }, "adding recipes");
-      const [b, , c] = found.words, titles = { "3CosAdd": "the sum", "only b": `only ${b.trim()}: a control`, "only c": `only ${c.trim()}: a control` };
+      const [b, , c] = found.words, titles = { "3CosAdd": "the sum, of three cosines", "only b": `only ${b.trim()}: a control`, "only c": `only ${c.trim()}: a control` };
       return h("div", { class: "columns narrow" }, Object.entries(found.lists).map(([name, pairs]) => column(titles[name], pairs, open)));
     });
   };
