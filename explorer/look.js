@@ -114,10 +114,10 @@ export function promptView() {
     }
     last = { ...state };
   };
-  const lens = h("input", { type: "number", min: 0, max: info.n_signals - 1, "aria-label": "number of the signal", value: state.lens ?? 0, disabled: state.lens === null,
+  const lens = h("input", { type: "number", min: 0, max: info.n_signals - 1, "aria-label": "number of the signal", value: state.lens ?? 0, hidden: state.lens === null,
     onchange: (event) => go({ lens: event.target.valueAsNumber || 0 }) });
   const pick = h("select", { id: "lens", "aria-label": "what the map shows", value: state.lens === null ? "top" : "signal",
-    onchange: (event) => { lens.disabled = event.target.value === "top"; go({ lens: lens.disabled ? null : lens.valueAsNumber || 0 }); } },
+    onchange: (event) => { lens.hidden = event.target.value === "top"; go({ lens: lens.hidden ? null : lens.valueAsNumber || 0 }); } },
   h("option", { value: "top" }, "likeliest token"), h("option", { value: "signal" }, `activation of ${info.unit}`));
   return { update, content: [
     about("Type a prompt and click a token: the page shows what the model expects next, and which signals make it so.", ...PROMPT_METHOD),
