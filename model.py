@@ -366,25 +366,16 @@ class DenseVocab(Vocab):
         nn.init.normal_(self.weight, std=std)
 
 
-class FixedVocab(Vocab):
+class FixedVocab(DenseVocab):
     """E given as tensors: E_in (V, d) is read at the input, E_out (V, d) at the output."""
 
     def __init__(self, E_in, E_out=None):
-        super().__init__()
+        Vocab.__init__(self)  # it has no parameters
         self.E_in = E_in
-        self.E_out = E_in if E_out is None else E_out
+        self.weight = E_in if E_out is None else E_out
 
     def embed(self, idx):
         return F.embedding(idx, self.E_in)
-
-    def signals(self, h):
-        return h
-
-    def recipes(self):
-        return self.E_out
-
-    def matrix(self):
-        return self.E_out
 
     def input_matrix(self):
         return self.E_in

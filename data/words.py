@@ -45,6 +45,13 @@ class Words:
         """Ids of the tokens seen at least `least` times in training, most frequent first, (n,)."""
         return self.by_count[self.counts[self.by_count] >= least]
 
+    def tokens_to_fit(self, width):
+        """Ids of the tokens that a dictionary of E (n_tokens, width) is fitted to, most frequent first, (n,).
+
+        The known ones, or four times the width if these are more: even after a few steps.
+        """
+        return self.by_count[: max(len(self.known_tokens()), 4 * width)]
+
     def shown_tokens(self):
         """Ids of the tokens that a table for the eye lists, most frequent first, (n,).
 

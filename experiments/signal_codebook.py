@@ -39,7 +39,7 @@ from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import to_numpy
 from experiments.lab.plots import COLOURS, plot_heat_map
 from experiments.lab.probes import labelled
-from experiments.lab.stats import benjamini_hochberg, kurtosis, regress_out
+from experiments.lab.stats import benjamini_hochberg, kurtosis, rank_sums, regress_out
 
 CLAIMS = {
     "enriched": "more signals are enriched for a category of words than in null models or by random labels",
@@ -49,19 +49,6 @@ PUBLISHED = "one strong signal's codebook: the, a, in, to, an, at (464M, OpenWeb
 CONTROLS = ("shuffled", "permuted labels")  # beside the null models
 LABELLINGS = 10  # permuted labels
 SAMPLE = 5000  # tokens of the column statistics
-
-
-def enrichment(codes, labels):
-    """Rank-sum z of each category (labels (n,), 0 to C - 1) in each column of codes (n, S), (C, S)."""
-    from scipy.stats import rankdata  # takes a second to import
-
-    n = len(codes)
-    ranks = rankdata(codes, axis=0)  # (n, S)
-    member = np.equal.outer(np.arange(labels.max() + 1), labels).astype(float)  # (C, n)
-    size = member.sum(1)[:, None]  # (C, 1)
-    excess = member @ ranks - size * (n + 1) / 2  # (C, S)
-    spread = np.sqrt(size * (n - size) / (n - 1) * ranks.var(0))
-    return np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0)
 
 
 def p_values(z):
@@ -87,7 +74,7 @@ def halves(labels, rng):
 
 def heldout_z(codes, labels, first):
     """Mean over both ways of z on one half of the category and sign chosen on the other, (S,)."""
-    z = [enrichment(codes[half], labels[half]) for half in (first, ~first)]  # (C, S) each
+    z = [rank_sums(codes[half], labels[half]) for half in (first, ~first)]  # (C, S) each
     values = []
     for chosen, tested in (z, z[::-1]):
         best = np.abs(chosen).argmax(0)[None]  # (1, S)
@@ -185,7 +172,7 @@ def run(lab: Lab, config=None) -> Report:
 
     def measure(d):
         codes = residuals(d)
-        is_enriched = discoveries(enrichment(codes, labels)).any(0)
+        is_enriched = discoveries(rank_sums(codes, labels)).any(0)
         return {"enriched share": is_enriched, "held-out z": heldout_z(codes, labels, half)}
 
     # In every dictionary: which signals are enriched, and how well they separate words not used to choose.
@@ -199,7 +186,7 @@ def run(lab: Lab, config=None) -> Report:
 
     share, held = found["enriched share"], found["held-out z"]
     codes = residuals(native.part(ids))
-    permuted = [discoveries(enrichment(codes, rng.permutation(labels))) for _ in range(LABELLINGS)]
+    permuted = [discoveries(rank_sums(codes, rng.permutation(labels))) for _ in range(LABELLINGS)]
     share["permuted labels"] = np.mean([each.any(0) for each in permuted], axis=0)
     report.effect("enriched", share, "signals", [*lab.nulls, *CONTROLS], published=PUBLISHED)
     paired = Scores({"native": held.native}, held.gauges, missing=held.missing)
@@ -209,7 +196,7 @@ def run(lab: Lab, config=None) -> Report:
     report.signals("separates", paired, "signals")
 
     # How many signals would be enriched if the codes kept what frequency explains.
-    raw = discoveries(enrichment(to_numpy(native.part(ids).codes), labels)).any(0).mean()
+    raw = discoveries(rank_sums(to_numpy(native.part(ids).codes), labels)).any(0).mean()
     report.row("enriched share, frequency left in", raw, dictionary="native")
     report.numbers["native"]["enriched share, frequency left in"] = raw
     report.numbers |= {"words": len(ids), "categories": names}
@@ -219,9 +206,9 @@ def run(lab: Lab, config=None) -> Report:
     log_frequency = np.log(lab.words.counts[sample])
     for name, d in {"native": native, "rotated": next(lab.gauges(native))}.items():
         codes = residuals(d.part(ids))
-        chosen = np.abs(enrichment(codes[half], labels[half])).max(0)  # (S,)
+        chosen = np.abs(rank_sums(codes[half], labels[half])).max(0)  # (S,)
         best = np.argsort(-chosen, kind="stable")[:5]
-        z, held_z = enrichment(codes, labels), heldout_z(codes, labels, half)
+        z, held_z = rank_sums(codes, labels), heldout_z(codes, labels, half)
         shapes = column_shapes(to_numpy(d.part(sample).codes), log_frequency)
         book = Codebook(d, lab.words, names, z, held_z, shapes)
         kinds, counts = np.unique(shapes["class"], return_counts=True)

@@ -19,8 +19,8 @@ from checkpoint import write_atomically
 from configurator import UserError
 from experiments.lab.claims import TooFew, to_numpy
 from experiments.lab.probes import labelled
-from experiments.lab.stats import regress_out
-from experiments.signal_codebook import SAMPLE, column_shapes, enrichment, p_values
+from experiments.lab.stats import rank_sums, regress_out
+from experiments.signal_codebook import SAMPLE, column_shapes, p_values
 from files import file_sha256
 from reflow import Model
 
@@ -66,7 +66,7 @@ class Cards:
         with suppress(TooFew):  # the words of categories
             ids, labels, names = labelled(self.lab)
             codes = regress_out(to_numpy(d.part(ids).codes), np.log(words.counts[ids]))
-            z = enrichment(codes, labels)
+            z = rank_sums(codes, labels)
             q = false_discovery_control(p_values(z).ravel()).reshape(z.shape)
             found |= {"classes": names, "z": z, "q": q}
         return found

@@ -85,8 +85,7 @@ class Explorer:
     def fit(self, name):
         """pca or ica of the model's E, fitted to the tokens that the experiments fit it to."""
         E = self.lab.model.E
-        enough = max(len(self.lab.words.known_tokens()), 4 * E.size(1))
-        fit = torch.from_numpy(self.lab.words.by_count[:enough])
+        fit = torch.from_numpy(self.lab.words.tokens_to_fit(E.size(1)))
         return dictionary.pca(E, fit) if name == "pca" else dictionary.ica(E, fit, self.lab.seed)
 
     def _ends(self, name, s):

@@ -30,6 +30,13 @@ def open_explorer(tmp_path, **changes):
     return Explorer(lab, lambda: explore.record_of(lab.checkpoint), {})
 
 
+def read_explorer(tmp_path):
+    """The Explorer of `open_explorer` that has read its contexts."""
+    found = open_explorer(tmp_path)
+    found.cards.read_contexts()
+    return found
+
+
 @contextmanager
 def serving(explorer):
     """(URL of a server in a thread, its app)."""

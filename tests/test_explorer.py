@@ -22,7 +22,7 @@ from attribution import predict, remove_signals
 from configurator import UserError
 from explorer.edits import Edit, edited
 from explorer.server import LARGEST, make_app
-from tests.explorer_fixtures import TOKEN, open_explorer, serving
+from tests.explorer_fixtures import TOKEN, open_explorer, read_explorer, serving
 from tests.lab_fixtures import token
 
 TEXT = "the king and the queen of France"
@@ -31,9 +31,7 @@ HEADERS = {"x-token": TOKEN}
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory):
-    found = open_explorer(tmp_path_factory.mktemp("explorer"))
-    found.cards.read_contexts()
-    return found
+    return read_explorer(tmp_path_factory.mktemp("explorer"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import sample
 from attribution import predict, remove_signals
 from experiments import report
 from experiments.lab import Report, Scores
-from tests.explorer_fixtures import TOKEN, open_explorer, serving
+from tests.explorer_fixtures import TOKEN, read_explorer, serving
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt install chromium")
@@ -27,9 +27,7 @@ TEXT = "the king and the queen"
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory):
-    found = open_explorer(tmp_path_factory.mktemp("explorer"))
-    found.cards.read_contexts()
-    return found
+    return read_explorer(tmp_path_factory.mktemp("explorer"))
 
 
 @pytest.fixture(scope="module")

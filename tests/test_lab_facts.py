@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.lab.facts import acts, enriched, halves, missed, rank_sums
+from experiments.lab.facts import acts, enriched, halves, missed
+from experiments.lab.stats import rank_sums
 
 
 def test_rank_sums_are_those_of_scipy():

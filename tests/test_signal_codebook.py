@@ -10,7 +10,7 @@ from scipy.stats import mannwhitneyu
 from experiments import signal_codebook
 from experiments.lab.probes import categories, probe
 from experiments.lab.results import read_result
-from experiments.lab.stats import estimate, regress_out
+from experiments.lab.stats import estimate, rank_sums, regress_out
 from tests.lab_fixtures import corpus, open_lab, save_run, tiny
 
 
@@ -31,14 +31,14 @@ def test_enrichment_is_the_rank_sum_test_with_ties():
     rng = np.random.default_rng(0)
     codes = np.maximum(rng.normal(size=(60, 5)), 0).round(1)  # many ties, as in a sparse recipe
     labels = rng.permutation(np.repeat([0, 1, 2], 20))
-    p = signal_codebook.p_values(signal_codebook.enrichment(codes, labels))
+    p = signal_codebook.p_values(rank_sums(codes, labels))
     for c in range(3):
         for s in range(5):
             own = codes[labels == c, s]
             rest = codes[labels != c, s]
             expected = mannwhitneyu(own, rest, use_continuity=False, method="asymptotic").pvalue
             assert p[c, s] == pytest.approx(expected, rel=1e-9)
-    assert (signal_codebook.enrichment(np.ones((60, 1)), labels) == 0).all()
+    assert (rank_sums(np.ones((60, 1)), labels) == 0).all()
 
 
 def test_frequency_alone_is_not_meaning():
@@ -47,10 +47,10 @@ def test_frequency_alone_is_not_meaning():
     labels = np.repeat([0, 1, 2], 40)
     frequency = rng.normal(size=120) + 2 * (labels == 0)
     codes = frequency[:, None] * rng.normal(size=30) + 0.3 * rng.normal(size=(120, 30))
-    found = signal_codebook.discoveries(signal_codebook.enrichment(codes, labels))
+    found = signal_codebook.discoveries(rank_sums(codes, labels))
     assert found[0].mean() > 0.8
     residuals = regress_out(codes, frequency)
-    assert signal_codebook.discoveries(signal_codebook.enrichment(residuals, labels)).mean() < 0.05
+    assert signal_codebook.discoveries(rank_sums(residuals, labels)).mean() < 0.05
 
 
 def test_heldout_z_is_zero_by_chance_and_not_for_a_planted_category():

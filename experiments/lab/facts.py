@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dictionary import pursue
-from experiments.lab.stats import benjamini_hochberg
+from experiments.lab.stats import benjamini_hochberg, rank_sums
 
 N_OTHERS = 16  # signals that the removal of one is compared with
 
@@ -33,18 +33,6 @@ def halves(labels, rng):
         members = rng.permutation(np.flatnonzero(labels == label))
         first[members[: len(members) // 2]] = True
     return first
-
-
-def rank_sums(codes, labels, n_categories):
-    """z of the rank sum of each category's words among all, along each column of codes (n, S), (C, S)."""
-    from scipy.stats import rankdata  # half a second to import
-
-    n = len(codes)
-    members = np.eye(n_categories)[labels].T  # (C, n)
-    size = members.sum(1, keepdims=True)  # (C, 1)
-    mean = size * (n + 1) / 2
-    spread = np.sqrt(size * (n - size) * (n + 1) / 12)
-    return (members @ rankdata(codes, axis=0) - mean) / np.maximum(spread, 1e-12)
 
 
 def enriched(codes, labels, first):

@@ -304,8 +304,7 @@ class Lab:
         """
         subject = subject or self.model
         if subject.name not in self._rivals:
-            enough = max(len(self.words.known_tokens()), 4 * subject.E.size(1))  # even after a few steps
-            fit = torch.from_numpy(self.words.by_count[:enough])
+            fit = torch.from_numpy(self.words.tokens_to_fit(subject.E.size(1)))
             with one_thread():
                 E = subject.dictionary.matrix()
             found = {"pca": dictionary.pca(E, fit)}

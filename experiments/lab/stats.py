@@ -75,6 +75,23 @@ def regress_out(codes, nuisance):
     return codes - q @ (q.T @ codes)
 
 
+def rank_sums(codes, labels, n_categories=None):
+    """Rank-sum z of each category (labels (n,), 0 to C - 1) in each column of codes (n, S), (C, S).
+
+    Ties are corrected for. n_categories: C, if the last ones may have no members; their z is 0.
+    """
+    from scipy.stats import rankdata  # takes a second to import
+
+    n = len(codes)
+    n_categories = labels.max() + 1 if n_categories is None else n_categories
+    ranks = rankdata(codes, axis=0)  # (n, S)
+    member = np.equal.outer(np.arange(n_categories), labels).astype(float)  # (C, n)
+    size = member.sum(1)[:, None]  # (C, 1)
+    excess = member @ ranks - size * (n + 1) / 2  # (C, S)
+    spread = np.sqrt(size * (n - size) / (n - 1) * ranks.var(0))
+    return np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0)
+
+
 def exchanged(counts, rng):
     """A random permutation (V,) of tokens among those of like frequency: within an octave of counts (V,)."""
     octave = np.log2(np.maximum(counts, 0.5)).astype(int)  # -1 if never seen

@@ -192,7 +192,7 @@ def rivals(lab, seed):
     Random starts are those of `seed`, another one for each run. ICA is missing if it failed.
     """
     E, counts = lab.model.E, lab.words.counts
-    fit = torch.from_numpy(lab.words.by_count[: max(len(lab.words.known_tokens()), 4 * E.size(1))])
+    fit = torch.from_numpy(lab.words.tokens_to_fit(E.size(1)))
     found = {"E": lab.model.dictionary, "pca": dictionary.pca(E, fit)}
     with contextlib.suppress(UserError):
         found["ica"] = dictionary.ica(E, fit, seed)
