@@ -229,6 +229,12 @@ class Model:
         """The id of a word that is one token of this model. Raises UserError."""
         return self.tokenizer.token_id(word, self.net.config.n_tokens)
 
+    def check_signal(self, s):
+        """UserError if there is no signal s."""
+        last = self.dictionary.n_signals - 1
+        if not 0 <= s <= last:
+            raise UserError(f"no {self.unit} {s}: {self.unit}s are 0 to {last}")
+
     # -- what tables say about tokens --------------------------------------------------------------
 
     @property
@@ -281,9 +287,8 @@ class Model:
 
     def signal(self, s, k=10):
         """A Card of signal s: the known tokens with its largest and smallest codes."""
+        self.check_signal(s)
         d = self.dictionary
-        if not 0 <= s < d.n_signals:
-            raise UserError(f"no {self.unit} {s}: {self.unit}s are 0 to {d.n_signals - 1}")
         shown = torch.from_numpy(self.shown).to(self.device)
         codes = d.codes[shown]  # (n, S)
         high, low = (codes[:, s].topk(min(k, len(shown)), largest=end) for end in (True, False))

@@ -76,15 +76,9 @@ class Cards:
         rank = self.table("native")["rank"][s]
         return int(np.flatnonzero(self.table("rotated")["rank"] == rank)[0])
 
-    def check(self, s):
-        """UserError if there is no signal s."""
-        if not 0 <= s < self.model.dictionary.n_signals:
-            last = self.model.dictionary.n_signals - 1
-            raise UserError(f"no {self.model.unit} {s}: {self.model.unit}s are 0 to {last}")
-
     def card(self, name, s, k=8):
         """All about signal s of a dictionary, as JSON."""
-        self.check(s)
+        self.model.check_signal(s)
         d, table = self.dictionaries[name], self.table(name)
         shown = torch.from_numpy(self.model.shown).to(d.codes.device)
         codes = d.codes[shown, s]  # (n,)

@@ -121,9 +121,8 @@ def one(model, edit, generator):
     net, d = model.net, model.dictionary
     layers = edit.layers(net.config.n_layer)
     is_signal = isinstance(edit.name, int)
-    if is_signal and edit.name >= d.n_signals:
-        raise UserError(f"no {model.unit} {edit.name}: {model.unit}s are 0 to {d.n_signals - 1}")
     if is_signal:
+        model.check_signal(edit.name)
         atom, direction = d.basis[edit.name], d.atoms[edit.name]  # (d,) each
     else:
         atom = direction = hooks.unit(reflow.direction(net, edit.name, model.tokenizer))

@@ -241,7 +241,7 @@ class Explorer:
         first = max(0, len(ids) - MOST_COLUMNS)
         net, rows = self.model.net, []
         if signal is not None:
-            self.cards.check(signal)
+            self.model.check_signal(signal)
         for stream in self.streams(ids):
             with self.lock:
                 h = net.norm(stream[first:])  # (T, d)
