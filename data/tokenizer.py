@@ -61,6 +61,7 @@ PRE_TOKENIZERS = {  # the same in tokenizer.json
 ALIASES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # in older GGUF files
 CONTROL = (3, 4)  # GGUF's types of tokens that are found in a text before any merge: control, user-defined
 UNUSED = 5
+ODD_BYTES = re.compile("[\udc80-\udcff]+")  # how surrogateescape writes bytes that are no UTF-8
 
 
 @functools.cache
@@ -207,9 +208,14 @@ class Tokenizer:
         """The bytes of one token."""
         return self._bytes[int(token)]
 
+    def token_shown(self, token):
+        """The text of one token; bytes that are no UTF-8, a piece of a character, as <0xF0 0x9F>."""
+        text = self.token_bytes(token).decode("utf-8", errors="surrogateescape")
+        return ODD_BYTES.sub(lambda odd: f"<{' '.join(f'0x{ord(c) - 0xDC00:02X}' for c in odd[0])}>", text)
+
     def token_text(self, token):
         """A token as text for a table or a figure: white space alone is quoted, line ends are escaped."""
-        text = self.decode([token])
+        text = self.token_shown(token)
         return repr(text)[1:-1] if text.strip() else repr(text)
 
     def token_id(self, word, n_tokens):
@@ -222,7 +228,7 @@ class Tokenizer:
         pieces = self.encode_ordinary(spaced)
         if len(pieces) == 1:
             raise UserError(f"{spaced!r} is not among the model's {n_tokens} tokens")
-        shown = " ".join(repr(self.decode([piece])) for piece in pieces)
+        shown = " ".join(repr(self.token_shown(piece)) for piece in pieces)
         raise UserError(
             f"{spaced!r} is {len(pieces)} tokens: take a word that is one token (pieces: {shown})"
         )

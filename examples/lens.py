@@ -74,7 +74,7 @@ def main():
     for i in range(model.config.n_layer):  # the logit lens
         h = model.norm(cache[f"blocks.{i}.hook_resid_post"][0, -1])  # (d,)
         best = model.vocab.logits(h)[: model.config.n_tokens].topk(5).indices.tolist()
-        print(f"after block {i}: {[tokenizer.decode([token]) for token in best]}")
+        print(f"after block {i}: {[tokenizer.token_shown(token) for token in best]}")
 
 
 if __name__ == "__main__":

@@ -107,8 +107,9 @@ class Cards:
 
     def context(self, window, at, value):
         """A place in the held-out text as [text before, the token, text after, activation]."""
-        ids, decode = self.contexts["windows"][window], self.model.tokenizer.decode
-        return [decode(ids[:at]), decode(ids[at : at + 1]), decode(ids[at + 1 :]), value]
+        ids, tokenizer = self.contexts["windows"][window], self.model.tokenizer
+        ends = [tokenizer.decode(part) for part in (ids[:at], ids[at + 1 :])]
+        return [ends[0], tokenizer.token_shown(ids[at]), ends[1], value]
 
     @property
     def path(self):

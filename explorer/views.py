@@ -181,7 +181,8 @@ class Explorer:
         following = torch.tensor(ids[1:], device=logits.device)
         losses = F.cross_entropy(logits, following, reduction="none").tolist() if len(following) else []
         rows = zip(ids, [None, *losses], strict=True)
-        tokens = [{"id": i, "text": self.model.tokenizer.decode([i]), "surprisal": loss} for i, loss in rows]
+        shown = self.model.tokenizer.token_shown
+        tokens = [{"id": i, "text": shown(i), "surprisal": loss} for i, loss in rows]
         return {"tokens": tokens, "dropped": dropped, "empty": not text}
 
     @torch.no_grad()
