@@ -20,6 +20,7 @@ REMEDY = {
 }
 
 
+FILE = "metrics.jsonl"
 MOST_POINTS = 300  # of a curve
 SAMPLE = 2048  # recipes, evenly spaced, of the statistics of signals
 DEAD = 0.01  # of the mean usage: a signal used less is dead
@@ -92,7 +93,7 @@ class Metrics:
     """
 
     def __init__(self, run, logger, config, start, token):
-        self.path, self.send, self.close = run / "metrics.jsonl", lambda row: None, lambda: None
+        self.path, self.send, self.close = run / FILE, lambda row: None, lambda: None
         if logger != "none":
             try:
                 self.send, self.close = connect(logger, run, config, start, tracker_id(run, token))
@@ -101,10 +102,9 @@ class Metrics:
             except Exception as error:  # whatever a service can answer
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 raise UserError(f"--logger={logger}: {reason}: {REMEDY[logger]}") from None
-        rows = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        # What lies after the start is computed again; a kill may have cut the last line.
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= start and start]
-        checkpoint.write_atomically(self.path, "".join(row + "\n" for row in kept))
+        # What lies after the start is computed again.
+        kept = [row for row in rows(run) if row["step"] <= start and start]
+        checkpoint.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row):
         row = {k: None if v is None or not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
@@ -113,12 +113,17 @@ class Metrics:
         self.send(row)
 
 
+def rows(run):
+    """The rows of a run's metrics.jsonl, [] without it; a last line that a kill cut is passed over."""
+    path = run / FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def curves(run):
-    """{quantity: [[step, value]]} of a run's metrics.jsonl, thinned to MOST_POINTS each; {} without it."""
-    path = run / "metrics.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """{quantity: [[step, value]]} of a run's rows, thinned to MOST_POINTS each."""
     found = {}
-    for row in (json.loads(row) for row in rows if row.endswith("}")):
+    for row in rows(run):
         for key, value in row.items():
             if key != "step" and value is not None:
                 found.setdefault(key, []).append([row["step"], value])

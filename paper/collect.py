@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoint
 import configurator
+import metrics
 from checkpoint import write_atomically
 from configurator import UserError
 from data.datasets import dataset_of, is_imported
@@ -71,13 +72,8 @@ def describe(ckpt):
             f"{ckpt.path} has no loss over the whole validation split:"
             " name the last checkpoint of a finished run"
         )
-    metrics = ckpt.run / "metrics.jsonl"
-    steps, losses = (), ()
-    speeds = []
-    if metrics.exists():
-        steps, losses = loss_curve(ckpt.run)
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    steps, losses = loss_curve(ckpt.run)
+    speeds = [row["tokens_per_s"] for row in metrics.rows(ckpt.run) if row.get("tokens_per_s")]
     return asdict(run_identity(ckpt)) | {
         "weights_sha256": file_sha256(ckpt.weights),
         "config": state["config"],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from configurator import UserError
 from experiments.lab.stats import gini
-from metrics import Metrics, SignalStatistics, curves, tracker_id
+from metrics import Metrics, SignalStatistics, curves, rows, tracker_id
 from model import ModelConfig, ReFlow
 
 
@@ -130,8 +130,9 @@ def test_the_change_of_signals_is_from_step_0_also_after_a_restart(vocab, tmp_pa
 
 def test_curves_are_thinned_and_a_cut_line_is_passed_over(tmp_path):
     assert curves(tmp_path) == {}
-    rows = [{"step": i, "loss": i / 10, "mfu": None} for i in range(1000)]
-    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1'
+    lines = [{"step": i, "loss": i / 10, "mfu": None} for i in range(1000)]
+    text = "".join(json.dumps(row) + "\n" for row in lines) + '{"step": 1'
     (tmp_path / "metrics.jsonl").write_text(text)
     found = curves(tmp_path)
+    assert rows(tmp_path) == lines
     assert list(found) == ["loss"] and len(found["loss"]) == 250 and found["loss"][3] == [12, 1.2]

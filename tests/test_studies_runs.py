@@ -3,7 +3,7 @@
 import pytest
 
 from configurator import UserError
-from experiments.studies.runs import Study, common_seeds, find_runs, sizes
+from experiments.studies.runs import Study, common_seeds, find_runs, loss_curve, sizes
 from tests.lab_fixtures import corpus, save_run, tiny
 from tests.studies_fixtures import open_study, save_trained, table_of
 
@@ -11,6 +11,13 @@ from tests.studies_fixtures import open_study, save_trained, table_of
 def test_a_pattern_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no finished run matches"):
         find_runs(f"{tmp_path}/nothing/*")
+
+
+def test_a_curve_ends_before_a_line_that_a_kill_cut(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "val_loss": 9.0}\n{"step": 2, "loss": 8.5}\n{"step": 4, "val_loss": 8.0}\n{"step": 8'
+    )
+    assert [part.tolist() for part in loss_curve(tmp_path)] == [[0, 4], [9.0, 8.0]]
 
 
 def test_runs_that_do_not_compare_are_refused(tmp_path):

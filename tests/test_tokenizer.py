@@ -75,6 +75,17 @@ def test_a_prefix_of_gpt2_has_its_ids_and_holds_every_text(name):
     assert ours.end_of_text not in ours.encode_ordinary("a<|endoftext|>")
 
 
+def test_a_piece_of_a_character_is_shown_by_its_bytes():
+    """In tables and in errors; what is text stays as it is, U+FFFD included."""
+    ours = load("gpt2")
+    shown = [ours.token_shown(i) for i in ours.encode_ordinary("🙂 é 字")]
+    assert shown == ["<0xF0 0x9F>", "<0x99>", "<0x82>", " é", " <0xE5>", "<0xAD>", "<0x97>"]
+    assert ours.token_text(ours.encode_ordinary("字")[0]) == "<0xE5 0xAD>"
+    assert ours.token_text(4210) == ours.decode([4210]) == "\ufffd"
+    with pytest.raises(UserError, match="pieces: ' <0xE5>' '<0xAD>' '<0x97>'"):
+        ours.token_id("字", ours.n_tokens)
+
+
 def test_control_tokens_count_in_prompts_alone(tmp_path):
     ours = load(kept_file(small("smollm"), tmp_path))
     assert ours.encode_prompt("<|im_start|>12<|im_end|>") == [1, *ours.encode_ordinary("12"), 2]

@@ -5,7 +5,6 @@ The report of a study takes a Study in place of a Lab. Its result has the same f
 """
 
 import glob
-import json
 import os
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -15,6 +14,7 @@ import numpy as np
 
 import checkpoint
 import configurator
+import metrics
 from checkpoint import Checkpoint
 from configurator import UserError
 from experiments.lab import Lab, LabConfig
@@ -74,7 +74,7 @@ def find_runs(pattern):
     """
     found = []
     for folder in map(Path, sorted(glob.glob(os.path.expanduser(pattern)))):
-        if (folder / "latest").exists() and (folder / "metrics.jsonl").exists():
+        if (folder / "latest").exists() and (folder / metrics.FILE).exists():
             path, state, _ = checkpoint.newest_whole(folder)
             if path is not None and state.get("whole_val_loss") is not None:
                 found.append(Checkpoint(path, state))
@@ -87,8 +87,7 @@ def find_runs(pattern):
 def loss_curve(folder):
     """(steps, validation losses) of a run's metrics.jsonl; the last entry of a step counts."""
     losses = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in metrics.rows(folder):
         if row.get("val_loss") is not None:
             losses[row["step"]] = row["val_loss"]
     steps = sorted(losses)
