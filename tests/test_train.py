@@ -278,6 +278,21 @@ def test_resume_of_a_finished_run_changes_nothing(tiny, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_resume_where_nothing_can_be_written(tiny, tmp_path, capsys, monkeypatch):
+    """On a read-only mount a finished run is finished; one that has steps to do cannot be."""
+
+    def refuse(folder):
+        raise UserError(f"{folder} cannot be written")
+
+    run = go(tiny, tmp_path / "run", "--max_steps=4")
+    monkeypatch.setattr(train.files, "why_unwritable", lambda folder: "Read-only file system")
+    monkeypatch.setattr(train.files, "open_beside", refuse)
+    go(tiny, run, "--max_steps=4", "--resume")
+    assert capsys.readouterr().out.splitlines()[-1] == f"finished {run} at step 4"
+    with pytest.raises(UserError, match="cannot be written"):
+        go(tiny, run, "--max_steps=8", "--resume")
+
+
 def test_resume_with_more_or_fewer_steps(tiny, tmp_path, capsys):
     """More: it goes on, and the old end's whole-split loss is not taken for a later step's. Fewer: done."""
     run = go(tiny, tmp_path / "run", "--max_steps=4", "--keep=9")
