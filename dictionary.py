@@ -56,6 +56,13 @@ class Dictionary:
         """A (..., S) of normalised final states h (..., d): logits are A @ codes.T, exactly."""
         return h @ self.atoms.T
 
+    def nearest_signals(self, s, k):
+        """[[signal, cosine]] of the k other signals whose atoms are nearest to that of s, or its opposite."""
+        cosine = self.atoms @ self.atoms[s]  # (S,)
+        cosine[s] = 0
+        near = cosine.abs().topk(min(k, self.n_signals)).indices.tolist()
+        return [[i, cosine[i].item()] for i in near if i != s]
+
     def part(self, tokens):
         """The same dictionary of some tokens alone, ids (n,): codes (n, S)."""
         index = torch.as_tensor(tokens).to(self.codes.device)

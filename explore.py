@@ -34,15 +34,7 @@ from experiments.report import read_results, sort_results
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SNAPSHOT_TOKENS = 500
-MODULES = (
-    "dom.js",
-    "api.js",
-    "draw.js",
-    "look.js",
-    "edit.js",
-    "runs.js",
-    "app.js",
-)  # each needs those before
+MODULES = ["dom.js", "api.js", "draw.js", "look.js", "edit.js", "runs.js", "app.js"]  # by what they need
 
 
 @dataclass
@@ -77,13 +69,10 @@ def record_of(ckpt):
 
 def dump(claim):
     """What the page shows of a Claim."""
-
-    def estimate(e):
-        return None if e is None else [e.value, e.low, e.high]
-
-    keys = ("experiment", "key", "kind", "claim", "verdict", "reason", "unit", "n", "published")
+    keys = ("experiment", "key", "kind", "claim", "verdict", "reason")
+    measured = claim.measured
     found = {key: getattr(claim, key) for key in keys}
-    return found | {"measured": estimate(claim.measured), "gauges": estimate(claim.gauges)}
+    return found | {"measured": [measured.value, measured.low, measured.high]}
 
 
 def other_runs(own):
@@ -146,13 +135,16 @@ def main():
         from explorer.views import Explorer
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install -r requirements.txt") from None
-    sock = None if c.export else listen(c)  # a mistake is an error before the model is read
-    lab = Lab(LabConfig(run=c.run, device=c.device))
-    others = other_runs(lab.checkpoint)
+    # A mistake is an error before the model is read.
+    run = str(checkpoint.default_run() if c.run is None else c.run)
+    others = other_runs(checkpoint.open_run(run))
+    beside = None
     if c.baseline is not None:
         given = checkpoint.open_run(c.baseline)
-        others = others | {given.name: lambda: record_of(given)}
-    beside = None if c.baseline is None else given.name
+        beside = given.name
+        others |= {beside: lambda: record_of(given)}
+    sock = None if c.export else listen(c)
+    lab = Lab(LabConfig(run=run, device=c.device))
     explorer = Explorer(lab, lambda: record_of(lab.checkpoint), others, beside)
     if c.export:
         return snapshot(explorer, Path(c.export).expanduser())

@@ -19,8 +19,17 @@ REMEDY = {
     "tensorboard": "its files go to the run's folder",
 }
 
-
 FILE = "metrics.jsonl"
+QUANTITIES = {  # that pages draw, in words
+    "val_loss": "validation loss, nats per token",
+    "loss": "training loss, nats per token",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "signal_gini": "Gini coefficient of the recipes",
+    "dead_signals": "share of dead signals",
+    "basis_rank": "effective rank of the basis",
+    "signal_change": "relative distance of the recipes from step 0",
+}
 MOST_POINTS = 300  # of a curve
 SAMPLE = 2048  # recipes, evenly spaced, of the statistics of signals
 DEAD = 0.01  # of the mean usage: a signal used less is dead
@@ -121,13 +130,13 @@ def rows(run):
 
 
 def curves(run):
-    """{quantity: [[step, value]]} of a run's rows, thinned to MOST_POINTS each."""
-    found = {}
-    for row in rows(run):
-        for key, value in row.items():
-            if key != "step" and value is not None:
-                found.setdefault(key, []).append([row["step"], value])
-    return {key: points[:: -(-len(points) // MOST_POINTS)] for key, points in found.items()}
+    """{quantity in words: [[step, value]]} of a run's rows, thinned to MOST_POINTS each."""
+    table, found = rows(run), {}
+    for key, words in QUANTITIES.items():
+        points = [[row["step"], row[key]] for row in table if row.get(key) is not None]
+        if len(points) > 1:
+            found[words] = points[:: -(-len(points) // MOST_POINTS)]
+    return found
 
 
 def tracker_id(run, token):

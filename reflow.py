@@ -261,6 +261,13 @@ class Model:
         """The k frequent tokens with the highest scores (n_tokens,), as text."""
         return self.words.top(scores, k, self.shown)
 
+    def extremes(self, scores, k, largest=True):
+        """[[text, score]] of the k frequent tokens with the largest or smallest scores (n_tokens,)."""
+        shown = torch.from_numpy(self.shown).to(scores.device)
+        best = scores[shown].topk(min(k, len(shown)), largest=largest)
+        texts = [self.tokenizer.token_text(shown[i]) for i in best.indices]
+        return [list(pair) for pair in zip(texts, best.values.tolist(), strict=True)]
+
     def card(self, title, columns, rows, notes):
         """A Card; that of a plain GPT says what its rows are."""
         if self.is_dense:
@@ -289,22 +296,14 @@ class Model:
         """A Card of signal s: the known tokens with its largest and smallest codes."""
         self.check_signal(s)
         d = self.dictionary
-        shown = torch.from_numpy(self.shown).to(self.device)
-        codes = d.codes[shown]  # (n, S)
-        high, low = (codes[:, s].topk(min(k, len(shown)), largest=end) for end in (True, False))
-        rows = []
-        for a, b in zip(high.indices.tolist(), low.indices.tolist(), strict=True):
-            ends = [(self.tokenizer.token_text(shown[i]), codes[i, s].item()) for i in (a, b)]
-            rows.append([*ends[0], *ends[1]])
-        usage = (codes**2).sum(0)  # (S,)
-        cosine = d.atoms @ d.atoms[s]  # (S,)
-        cosine[s] = 0
-        near = cosine.abs().topk(min(3, d.n_signals)).indices.tolist()
+        high, low = (self.extremes(d.codes[:, s], k, largest) for largest in (True, False))
+        rows = [[*a, *b] for a, b in zip(high, low, strict=True)]
+        usage = (d.part(self.shown).codes ** 2).sum(0)  # (S,)
         notes = [
             "Tied embedding: the tokens that it promotes at the output also carry it most at the input.",
             f"usage: {usage[s] / usage.sum():.2%} of the squared codes of these tokens, rank "
             f"{int((usage > usage[s]).sum()) + 1} of {d.n_signals}. Nearest: "
-            + ", ".join(f"{i} (cosine {cosine[i]:.2f})" for i in near),
+            + ", ".join(f"{i} (cosine {cosine:.2f})" for i, cosine in d.nearest_signals(s, 3)),
             self.left_out(),
         ]
         return self.card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "low code"], rows, notes)

@@ -80,20 +80,11 @@ class Cards:
         """All about signal s of a dictionary, as JSON."""
         self.model.check_signal(s)
         d, table = self.dictionaries[name], self.table(name)
-        shown = torch.from_numpy(self.model.shown).to(d.codes.device)
-        codes = d.codes[shown, s]  # (n,)
-        ends = []
-        for largest in (True, False):
-            best = codes.topk(min(k, len(shown)), largest=largest)
-            texts = [self.model.tokenizer.token_text(shown[i]) for i in best.indices]
-            ends.append([list(pair) for pair in zip(texts, best.values.tolist(), strict=True)])
-        cosine = d.atoms @ d.atoms[s]  # (S,)
-        cosine[s] = 0
-        near = cosine.abs().topk(min(4, d.n_signals)).indices.tolist()
+        high, low = (self.model.extremes(d.codes[:, s], k, largest) for largest in (True, False))
         columns = ("class", "Spearman with log frequency", "skew", "excess kurtosis", "usage", "rank")
         found = {column: table[column][s] for column in columns}
-        found |= {"signal": s, "dictionary": name, "high": ends[0], "low": ends[1]}
-        found |= {"classes": [], "neighbours": [[i, cosine[i].item()] for i in near if i != s]}
+        found |= {"signal": s, "dictionary": name, "high": high, "low": low}
+        found |= {"classes": [], "neighbours": d.nearest_signals(s, 4)}
         if "z" in table:
             z, q = table["z"][:, s], table["q"][:, s]
             best = np.argsort(-np.abs(z))[:5]

@@ -17,15 +17,6 @@ STYLE = (HERE / "report.css").read_text(encoding="utf-8")
 SCRIPT = (HERE / "report.js").read_text(encoding="utf-8")
 GLOSSARY = HERE.parent / "experiments" / "README.md"
 WIDTH, LABELS, VALUES, ROW = 360, 118, 52, 22  # of a figure: all, names, numbers, a line
-CURVES = {
-    "val_loss": "validation loss, nats per token",
-    "loss": "training loss, nats per token",
-    "grad_norm": "gradient norm",
-    "signal_gini": "Gini coefficient of recipes",
-    "dead_signals": "share of dead signals",
-    "basis_rank": "effective rank of the basis",
-    "signal_change": "distance of recipes from step 0",
-}
 
 
 def number(x):
@@ -184,9 +175,8 @@ def svg(height, parts, label):
 
 
 def training(curves):
-    """The curves {quantity: [[step, value]]} of a run as figures."""
-    shown = {key: points for key, points in curves.items() if key in CURVES and len(points) > 1}
-    return "".join(f"<figure>{curve(points, CURVES[key])}</figure>" for key, points in shown.items())
+    """The curves {quantity in words: [[step, value]]} of a run as figures."""
+    return "".join(f"<figure>{curve(points, words)}</figure>" for words, points in curves.items())
 
 
 def curve(points, label):

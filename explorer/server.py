@@ -53,12 +53,12 @@ class Read(Ask):
     text: Text
 
 
-class Lens(Read):
-    signal: Number | None = None
-
-
 class Place(Read):
     position: Number | None = None
+
+
+class Lens(Place):
+    signal: int | None = None
 
 
 class Position(Place):
@@ -69,7 +69,7 @@ class Position(Place):
 
 
 class Signal(Ask):
-    signal: Number
+    signal: int
     text: Text | None = None
     position: Number | None = None
 
@@ -107,7 +107,6 @@ class Claims(Ask):
 
 ASKED = {
     "run": Ask,
-    "contexts": Ask,
     "read": Read,
     "lens": Lens,
     "position": Position,

@@ -135,6 +135,25 @@ class Explorer:
         """Row of codes (S,) whose product with the activations is the logit, or the difference of two."""
         return codes[target] if foil is None else codes[target] - codes[foil]
 
+    def explained(self, target, foil, terms, order, dictionary, own):
+        """A logit, or the difference of two, as the sum of terms (S,): those of `order`, and all others.
+
+        `own`: what else is known of each of the signals of `order`, dicts.
+        """
+        rows = [
+            {"signal": s, "value": terms[s].item(), "ends": self.ends(dictionary, s), **more}
+            for s, more in zip(order.tolist(), own, strict=True)
+        ]
+        total = terms.double().sum().item()
+        return {
+            "target": {"id": target, "text": self.name(target)},
+            "foil": None if foil is None else {"id": foil, "text": self.name(foil)},
+            "terms": rows,
+            "n_others": len(terms) - len(order),
+            "others": total - terms[order].double().sum().item(),
+            "sum": total,
+        }
+
     # -- calls -------------------------------------------------------------------------------------
 
     def run(self):
@@ -144,17 +163,14 @@ class Explorer:
         config = m.net.config
         return {
             "name": self.lab.checkpoint.name,
-            "step": self.lab.checkpoint.step,
             "loss": state.get("whole_val_loss") or state.get("val_loss"),
             "n_layer": config.n_layer,
             "n_embd": config.n_embd,
             "n_signals": m.dictionary.n_signals,
-            "n_tokens": config.n_tokens,
+            "vocab": config.vocab,
             "unit": m.unit,
             "word": self.common_word(),
-            "tokenizer": m.tokenizer.name,
             "place": str(self.lab.checkpoint.run),
-            "contexts": self.contexts(),
             "runs": list(self.others),
             "beside": self.beside,
         }
@@ -201,19 +217,10 @@ class Explorer:
         asked = [target] if foil is None else [target, foil]
         sizes = self.rotated_sizes(h, asked, len(order))
         exact = logits[target] - (0 if foil is None else logits[foil])
-        return {
-            "position": position,
+        controls = [{"rotated": size} for size in sizes]
+        return self.explained(target, foil, terms, order, dictionary, controls) | {
             "layer": layer,
             "top": self.likeliest(p),
-            "target": {"id": target, "text": self.name(target), "p": p[target].item()},
-            "foil": None if foil is None else {"id": foil, "text": self.name(foil), "p": p[foil].item()},
-            "terms": [
-                {"signal": s, "value": terms[s].item(), "rotated": size, "ends": self.ends(dictionary, s)}
-                for s, size in zip(order.tolist(), sizes, strict=True)
-            ],
-            "n_others": len(terms) - len(order),
-            "others": (terms.double().sum() - terms[order].double().sum()).item(),
-            "sum": terms.double().sum().item(),
             "logit": exact.item(),
             "notes": [self.model.name(token) for token in asked if self.model.is_rare(token)],
         }
@@ -236,16 +243,20 @@ class Explorer:
         return torch.stack(sizes).mean(0).tolist()
 
     @torch.no_grad()
-    def lens(self, text, signal):
-        """Layers x positions: the likeliest token of the logit lens and its p, or a signal's activation."""
+    def lens(self, text, position, signal):
+        """Layers x positions: the likeliest token of the logit lens and its p, or a signal's activation.
+
+        Of a long prompt, MOST_COLUMNS tokens around the position; `first` is the first of them.
+        """
         ids, _ = self.ids(text)
-        first = max(0, len(ids) - MOST_COLUMNS)
+        position, _ = self.place(ids, position)
+        first = max(0, min(position - MOST_COLUMNS // 2, len(ids) - MOST_COLUMNS))
         net, rows = self.model.net, []
         if signal is not None:
             self.model.check_signal(signal)
         for stream in self.streams(ids):
             with self.lock:
-                h = net.norm(stream[first:])  # (T, d)
+                h = net.norm(stream[first : first + MOST_COLUMNS])  # (T, d)
                 if signal is not None:
                     rows.append(
                         [[None, value] for value in (h @ self.model.dictionary.atoms[signal]).tolist()]
@@ -356,21 +367,11 @@ class Explorer:
         target, foil = self.pair(log_p0, target, foil)
         row = self.difference(self.model.dictionary.recipes, target, foil)
         before, after = A0 * row, A * row  # (S,)
-        order = torch.maximum(before.abs(), after.abs()).argsort(descending=True)[:BARS].tolist()
-        return {
-            "position": position,
+        order = torch.maximum(before.abs(), after.abs()).argsort(descending=True)[:BARS]
+        ticks = [{"before": value} for value in before[order].tolist()]
+        return self.explained(target, foil, after, order, "native", ticks) | {
             "exact": at_output,
-            "target": {"id": target, "text": self.name(target)},
-            "foil": None if foil is None else {"id": foil, "text": self.name(foil)},
             "top": self.likeliest(log_p.exp(), before=log_p0.exp()),
-            "terms": [
-                {"signal": s, "before": before[s].item(), "value": after[s].item()}
-                | {"ends": self.ends("native", s)}
-                for s in order
-            ],
-            "n_others": len(after) - len(order),
-            "others": (after.double().sum() - after[order].double().sum()).item(),
-            "sum": after.double().sum().item(),
             "sum_before": before.double().sum().item(),
             "kl": hooks.kl(log_p0, log_p).item(),
             "ms": 1000 * (time.perf_counter() - start),

@@ -20,6 +20,7 @@ import explore
 import hooks
 from attribution import predict, remove_signals
 from configurator import UserError
+from explorer import views
 from explorer.edits import Edit, edited
 from explorer.server import LARGEST, make_app
 from tests.explorer_fixtures import TOKEN, open_explorer, read_explorer, serving
@@ -95,6 +96,18 @@ def test_tokens_have_their_surprisal_and_layers_their_lens(client, explorer):
     ]
     strength = ask(client, "lens", text=TEXT, signal=3)["rows"][-1][-1][1]
     assert strength == pytest.approx(float(explorer.model.cache(TEXT)["signals"][0, -1, 3]), abs=1e-5)
+
+
+def test_the_lens_of_a_long_prompt_has_the_newest_tokens_or_those_around_a_place(client, monkeypatch):
+    monkeypatch.setattr(views, "MOST_COLUMNS", 4)
+    whole = ask(client, "read", text=TEXT)["tokens"]
+    assert len(whole) == 7
+    for position, first in ((None, 3), (6, 3), (5, 3), (4, 2), (2, 0), (0, 0)):
+        found = ask(client, "lens", text=TEXT, position=position)
+        assert found["first"] == first and {len(row) for row in found["rows"]} == {4}
+    monkeypatch.undo()
+    every = ask(client, "lens", text=TEXT)
+    assert every["first"] == 0 and [row[:4] for row in every["rows"]] == found["rows"]
 
 
 def test_a_card_stands_beside_that_of_a_rotated_signal_of_equal_rank(client, explorer):
@@ -246,7 +259,7 @@ def test_other_vocabularies_are_read_and_edited(tmp_path, kind):
     sums = found.position(TEXT, None, None, token("king"), None, "native")
     assert sums["sum"] == pytest.approx(sums["logit"], abs=1e-4)
     assert sums["logit"] == pytest.approx(logits[token("king")].item(), abs=1e-4)
-    assert found.lens(TEXT, None)["rows"] and found.token("king")["neighbours"]["shuffled recipes"]
+    assert found.lens(TEXT, None, None)["rows"] and found.token("king")["neighbours"]["shuffled recipes"]
     assert len(found.signal(3, TEXT)["cards"]) == 2
     removed = [Edit("scale", 3, 0.0), Edit("add", "king", 0.2, "output")]
     quick = found.edit(TEXT, None, token("king"), None, removed)
@@ -325,7 +338,9 @@ def test_a_token_may_be_half_a_character(client, explorer):
         ("position", {"text": TEXT, "target": 50300}, "no token 50300"),
         ("position", {"text": TEXT, "dictionary": "other"}, "dictionary"),
         ("signal", {"signal": 16}, "no signal 16: signals are 0 to 15"),
-        ("lens", {"text": TEXT, "signal": 99}, "no signal 99"),
+        ("signal", {"signal": -1}, "no signal -1: signals are 0 to 15"),
+        ("signal", {"signal": 10**30}, "signals are 0 to 15"),
+        ("lens", {"text": TEXT, "signal": 99}, "no signal 99: signals are 0 to 15"),
         ("token", {"word": "antidisestablishment"}, "pieces"),
         ("edit", {"text": TEXT, "edits": [{"op": "scale", "name": 16, "value": 0}]}, "no signal 16"),
         (
@@ -522,6 +537,14 @@ def test_a_port_in_use_is_one_line(explorer, monkeypatch):
         config = explore.ExploreConfig(port=urlsplit(url).port)
         with pytest.raises(UserError, match="--port=.*give another --port"):
             explore.listen(config)
+
+
+def test_a_missing_run_is_named_before_a_port_in_use(explorer, monkeypatch):
+    with serving(explorer) as (url, _):
+        arguments = ["--run=out/nothing", f"--port={urlsplit(url).port}"]
+        monkeypatch.setattr(sys, "argv", ["explore.py", *arguments])
+        with pytest.raises(UserError, match="^no run out/nothing: "):
+            explore.main()
 
 
 def test_other_computers_are_let_in_only_when_asked_and_with_a_warning(capsys):

@@ -261,7 +261,7 @@ def test_two_runs_stand_beside_each_other_and_differences_are_marked(explorer, o
         fields = {"experiment": "ablate_signal", "kind": "effect", "claim": "it does", "reason": "why"}
         fields |= {"unit": "words", "n": 30, "measured": [1.0, None, None]}
         claims = [fields | {"key": f"{i}", "verdict": verdict} for i, verdict in enumerate(verdicts)]
-        curves = {"val_loss": [[0, 9.0], [5, 8.0]], "signal_gini": [[0, 0.4], [5, 0.5]]}
+        curves = {"validation loss": [[0, 9.0], [5, 8.0]], "Gini coefficient": [[0, 0.4], [5, 0.5]]}
         return {"name": name, "step": 5, "claims": claims, "left_out": {}, "again": "", "curves": curves}
 
     monkeypatch.setattr(explorer, "record", lambda: record("one", "supported", "supported"))

@@ -135,4 +135,6 @@ def test_curves_are_thinned_and_a_cut_line_is_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     found = curves(tmp_path)
     assert rows(tmp_path) == lines
-    assert list(found) == ["loss"] and len(found["loss"]) == 250 and found["loss"][3] == [12, 1.2]
+    assert list(found) == ["training loss, nats per token"]
+    (points,) = found.values()
+    assert len(points) == 250 and points[3] == [12, 1.2]
