@@ -40,8 +40,8 @@ export function set(changes, push = false) {
 }
 
 // Change the state and show it: app.js listens.
-export function go(changes, push = "view" in changes) {
-  set(changes, push);
+export function go(changes) {
+  set(changes, "view" in changes);
   dispatchEvent(new Event("state"));
 }
 
@@ -111,20 +111,27 @@ export async function stream(ask, each, signal) {
   }
 }
 
-// Fill an element with what a promise gives; a mistake is a line, and an answer that comes too late is dropped.
+// Fill an element with what a promise gives, or several with one part each. A mistake is a line in the first of them,
+// unless the page says it already; an answer that comes too late is dropped.
 const tickets = new WeakMap();
 
-export async function into(element, make) {
-  const ticket = {};
-  tickets.set(element, ticket);
-  element.setAttribute("aria-busy", "true"); // what stands there is old: it is dimmed
-  let content;
-  try {
-    content = await make();
-  } catch (error) {
-    if (error.name !== "AbortError") content = [h("p", { class: "error", role: "alert" }, error.message)];
+export async function into(places, make) {
+  const elements = [places].flat(), ticket = {};
+  for (const element of elements) {
+    tickets.set(element, ticket);
+    element.setAttribute("aria-busy", "true"); // what stands there is old: it is dimmed
   }
-  if (tickets.get(element) !== ticket) return;
-  element.removeAttribute("aria-busy");
-  if (content) fill(element, content);
+  let parts;
+  try {
+    parts = await make();
+    if (elements.length === 1) parts = [parts];
+  } catch (error) {
+    const said = [...document.querySelectorAll(":not([aria-busy]) > .error")].some((line) => line.textContent === error.message);
+    parts = said ? [] : [h("p", { class: "error", role: "alert" }, error.message)];
+  }
+  elements.forEach((element, i) => {
+    if (tickets.get(element) !== ticket) return;
+    element.removeAttribute("aria-busy");
+    fill(element, parts[i]);
+  });
 }

@@ -35,7 +35,7 @@ async function start() {
   const size = `${info.n_layer} layers, width ${info.n_embd}, ${info.n_signals} ${info.unit}s`;
   fill(document.getElementById("name"), info.name, " ", h("small", {}, `${size}${info.loss ? `, loss ${number(info.loss)} nats per token` : ""}${snapshot ? ", a snapshot" : ""}`));
   const views = Object.entries(VIEWS).filter(([name]) => !(snapshot && LIVE.includes(name)));
-  fill(document.getElementById("nav"), views.map(([view, [words]]) => h("button", { "data-view": view, onclick: () => go({ view }, true) }, words)));
+  fill(document.getElementById("nav"), views.map(([view, [words]]) => h("button", { "data-view": view, onclick: () => go({ view }) }, words)));
   addEventListener("state", show);
   addEventListener("popstate", () => { readUrl(); current = {}; show(); });
   show();

@@ -19,8 +19,8 @@ function button(label, action) {
   return { role: "button", tabindex: 0, "aria-label": label, onclick: action, onkeydown: key };
 }
 
-// Terms that sum up, each beginning where the last one ended. rows: {label, hint, value, before, control, open}
-export function waterfall(rows, unit) {
+// Terms in nats that sum up, each beginning where the last one ended. rows: {label, hint, value, before, control, open}
+export function waterfall(rows) {
   return chart((width) => {
     const left = width < 480 ? 120 : 190, right = 62, room = width - left - right;
     let low = 0, high = 0, total = 0;
@@ -34,7 +34,7 @@ export function waterfall(rows, unit) {
     const x = (value) => left + (room * (value - low)) / (high - low || 1);
     const bars = rows.map((row, i) => {
       const y = i * ROW, [a, b] = [x(row.from), x(row.to)];
-      const label = `${row.label} ${row.hint ?? ""}: ${number(row.value, 3)} ${unit}`;
+      const label = `${row.label} ${row.hint ?? ""}: ${number(row.value, 3)} nats`;
       return s("g", { class: "bar", ...button(label, row.open) },
         s("title", {}, label),
         s("rect", { class: "hover", x: 0, y, width, height: ROW }),
@@ -52,11 +52,11 @@ export function waterfall(rows, unit) {
 }
 
 // Horizontal bars from zero. rows: {label, hint, value, before, text, open, on}
-export function bars(rows, most) {
+export function bars(rows) {
   return chart((width) => {
     const left = width < 480 ? 110 : 150, right = 12 + 7.6 * Math.max(...rows.map((row) => row.text.length), 4), room = width - left - right;
     const low = Math.min(0, ...rows.map((row) => Math.min(row.value, row.before ?? 0)));
-    const high = most ?? Math.max(1e-12, ...rows.map((row) => Math.max(row.value, row.before ?? 0)));
+    const high = Math.max(1e-12, ...rows.map((row) => Math.max(row.value, row.before ?? 0)));
     const x = (value) => left + (room * (value - low)) / (high - low || 1);
     return s("svg", { viewBox: `0 0 ${width} ${rows.length * ROW}`, role: "group" }, rows.map((row, i) => {
       const y = i * ROW;
@@ -76,15 +76,15 @@ export function bars(rows, most) {
 
 export function likely(rows, target, pick) {
   return bars(rows.map((row) => ({
-    label: row.text, value: row.p, before: row.before, text: percent(row.p), on: row.id === target, open: pick && (() => pick(row.id)),
+    label: row.text, value: row.p, before: row.before, text: percent(row.p), on: row.id === target, open: () => pick(row.id),
   })));
 }
 
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] };
 
-// Layers x positions, with the arrow keys as well. rows: [[text or null, value]] from the lowest layer up
+// Layers x positions, with the arrow keys as well; it opens where `here` is. rows: [[text or null, value]] from the lowest layer up
 export function heatMap({ rows, first }, tokens, here, pick) {
-  return h("div", { class: "scroll" }, chart((width) => {
+  const box = h("div", { class: "scroll" }, chart((width) => {
     const signed = rows[0][0][0] === null, n = rows[0].length, left = 40;
     const cell = Math.max(signed ? 28 : 62, (width - left) / n), most = Math.max(...rows.flat().map(([, value]) => Math.abs(value)), 1e-9);
     const size = signed ? 20 : 22, total = left + cell * n;
@@ -100,7 +100,7 @@ export function heatMap({ rows, first }, tokens, here, pick) {
           text !== null && s("text", { class: "over", x: left + i * cell + 4, y: y + 15 }, cut(visible(text), Math.floor((cell - 6) / 6.7)))];
       })];
     });
-    const names = tokens.slice(first).map((token, i) =>
+    const names = tokens.slice(first, first + n).map((token, i) =>
       s("text", { class: "dim over", x: left + i * cell + 4, y: rows.length * size + 15 }, cut(visible(token.text), Math.floor((cell - 6) / 6.5))));
     const height = rows.length * size + 20;
     const move = (event) => {
@@ -110,8 +110,10 @@ export function heatMap({ rows, first }, tokens, here, pick) {
       const within = (x, least, most) => Math.min(most, Math.max(least, x));
       pick(within(here.position + step[0], first, first + n - 1), within(here.layer + step[1], 0, rows.length - 1));
     };
+    queueMicrotask(() => { box.scrollLeft = left + (here.position - first + 0.5) * cell - width / 2; }); // when it is in the page
     return s("svg", { viewBox: `0 0 ${total} ${height}`, tabindex: 0, role: "group", "aria-label": "layers by positions; the arrow keys move", onkeydown: move, style: { width: `${total}px`, height: `${height}px` } }, parts, names);
   }));
+  return box;
 }
 
 export function histogram([low, high, counts]) {

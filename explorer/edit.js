@@ -2,7 +2,7 @@
 import { call, go, into, set, snapshot, state, stream, url } from "./api.js";
 import { about, fill, h, number, quoted, soon, visible } from "./dom.js";
 import { likely, waterfall } from "./draw.js";
-import { info, pairBoxes, prompt, shareOf, sumTitle, termRows, tokenRow } from "./look.js";
+import { info, pairBoxes, prompt, readPrompt, shareOf, sumTitle, termRows, tokenRow } from "./look.js";
 
 const EDIT_METHOD = [
   "add: the direction of a signal or of a word's embedding enters the stream, value times as long as the stream is there, at every token. scale: what there is of it is multiplied by the value; 0 removes it.",
@@ -40,17 +40,12 @@ export function editView() {
     if (busy) { again = true; return; }
     busy = true;
     const ask = { text: state.text, position: state.position, target: state.target, foil: state.foil, edits: state.edits };
-    const answer = call("edit", ask, "computing");
-    into(next, async () => {
-      const found = await answer;
-      return [h("h2", {}, "Next token"), h("p", { class: "note" }, `KL from the model without edits ${number(found.kl, 4)} nats. ${found.exact ? "Exact, no forward pass" : "A forward pass"}, ${number(found.ms, 0)} ms. Ticks: without edits.${shareOf(found.top)}`),
-        likely(found.top, found.target.id, (target) => go({ target }))];
+    await into([next, terms], async () => {
+      const found = await call("edit", ask, "computing");
+      return [[h("h2", {}, "Next token"), h("p", { class: "note" }, `KL from the model without edits ${number(found.kl, 4)} nats. ${found.exact ? "Exact, no forward pass" : "A forward pass"}, ${number(found.ms, 0)} ms. Ticks: without edits.${shareOf(found.top)}`),
+        likely(found.top, found.target.id, (target) => go({ target }))],
+      [h("h2", {}, sumTitle(found)), h("p", { class: "note" }, `Terms with edits; ticks: without. The sum was ${number(found.sum_before, 3)}, it is ${number(found.sum, 3)}.`), waterfall(termRows(found))]];
     });
-    into(terms, async () => {
-      const found = await answer;
-      return [h("h2", {}, sumTitle(found)), h("p", { class: "note" }, `Terms with edits; ticks: without. The sum was ${number(found.sum_before, 3)}, it is ${number(found.sum, 3)}.`), waterfall(termRows(found), "nats")];
-    });
-    await answer.catch(() => {});
     busy = false;
     if (again) { again = false; show(); }
   };
@@ -110,11 +105,7 @@ export function editView() {
 
   const update = () => {
     if (last.text !== state.text || last.position !== state.position)
-      into(row, async () => {
-        const found = await call("read", { text: state.text }, "reading");
-        if (state.position !== null && state.position >= found.tokens.length) set({ position: null });
-        return tokenRow(found);
-      });
+      into(row, async () => tokenRow(await readPrompt()));
     if (rows.childElementCount !== state.edits.length || last.edits !== state.edits) showRows();
     last = { ...state };
     changed();

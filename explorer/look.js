@@ -11,12 +11,31 @@ export async function readInfo() {
 }
 
 export function openSignal(signal) {
-  return () => go({ view: "signal", signal }, true);
+  return () => go({ view: "signal", signal });
 }
 
-export function prompt(ask = "Prompt") {
-  return h("textarea", { id: "text", rows: 2, "aria-label": ask, maxlength: 20000, spellcheck: "false", value: state.text,
+// The server's words for a signal that there is not; a snapshot has no server.
+function checkSignal(signal) {
+  const last = info.n_signals - 1;
+  if (!(signal >= 0 && signal <= last)) throw new Error(`no ${info.unit} ${signal}: ${info.unit}s are 0 to ${last}`);
+}
+
+// A box for the number of a signal; `pick` gets what was typed.
+function signalBox(props, pick) {
+  return h("input", { type: "number", min: 0, max: info.n_signals - 1, ...props,
+    onchange: (event) => pick(Math.trunc(event.target.valueAsNumber) || 0) });
+}
+
+export function prompt() {
+  return h("textarea", { id: "text", rows: 2, "aria-label": "Prompt", maxlength: 20000, spellcheck: "false", value: state.text,
     oninput: soon((event) => go({ text: event.target.value, position: null }), 250) });
+}
+
+// What the server reads of the prompt.
+export async function readPrompt() {
+  const found = await call("read", { text: state.text }, "reading");
+  if (state.position !== null && state.position >= found.tokens.length) set({ position: null });
+  return found;
 }
 
 // The tokens of the prompt as buttons, coloured by surprisal.
@@ -63,9 +82,15 @@ export function shareOf(rows) {
   return ` These ${rows.length} have ${percent(rows.reduce((sum, row) => sum + row.p, 0))} of the probability.`;
 }
 
-const PROMPT_METHOD = [
+// What a random rotation leaves as it is, for the methods.
+function turned() {
+  return info.vocab === "gains" ? "At the output alone, where logits are made, a random rotation of the signals is the same model: at the input this vocabulary has a gain for each signal, and rotated signals are another model."
+    : "A random rotation of the signals is the same model.";
+}
+
+const promptMethod = () => [
   "A logit is a sum over signals, exactly: logit[v] = sum over s of A[s] W[v, s], with A the activations of the final state and W the recipes. The bars are these terms; the last one is their sum, which the forward pass gives as well.",
-  "A random rotation of the signals is the same model. So the grey line under a bar is its control: how large a term of this rank is, in the mean, in 5 random rotations. Terms that are hardly longer say nothing about the learned signals. PCA and ICA of the same embedding are rivals found after training.",
+  turned() + " So the grey line under a bar is its control: how large a term of this rank is, in the mean, in 5 random rotations. Terms that are hardly longer say nothing about the learned signals. PCA and ICA of the same embedding are rivals found after training.",
   "Surprisal is −log p of a token after those before it. Logit lens: the stream at a layer, read as if it were the last one.",
 ];
 
@@ -76,35 +101,30 @@ export function promptView() {
     onchange: () => go({ dictionary: name }) }), name === "native" ? "learned" : name);
   const showMap = () => into(map, async () => {
     const focused = map.contains(document.activeElement);
-    if (focused) new MutationObserver((_, own) => { const svg = map.querySelector("svg"); if (svg) { own.disconnect(); svg.focus(); } }).observe(map, { childList: true, subtree: true });
-    const found = await call("lens", { text: state.text, signal: state.lens }, "reading every layer");
+    if (focused) new MutationObserver((_, own) => { const svg = map.querySelector("svg"); if (svg) { own.disconnect(); svg.focus({ preventScroll: true }); } }).observe(map, { childList: true, subtree: true });
+    if (state.lens !== null) checkSignal(state.lens);
+    const found = await call("lens", { text: state.text, position: state.position, signal: state.lens }, "reading every layer");
     const here = { position: state.position ?? tokens.length - 1, layer: state.layer ?? info.n_layer };
-    return [heatMap(found, tokens, here, (position, layer) => go({ position, layer })),
-      found.first > 0 && h("p", { class: "note" }, `The last ${found.rows[0].length} tokens are drawn.`)];
+    const n = found.rows[0].length;
+    return [n < tokens.length && h("p", { class: "note" }, `Tokens ${found.first + 1} to ${found.first + n} of ${tokens.length}. Scroll, or click a token above for those around it.`),
+      heatMap(found, tokens, here, (position, layer) => go({ position, layer }))];
   });
-  const showNext = async () => {
+  const showNext = () => into([next, terms], async () => {
     const ask = { text: state.text, position: state.position, layer: state.layer, target: state.target, foil: state.foil, dictionary: state.dictionary };
-    const answer = call("position", ask, state.dictionary === "ica" ? "fitting ICA, which may take minutes" : "summing signals");
-    const after = () => `after ${quoted(visible(tokens[state.position ?? tokens.length - 1]?.text ?? ""))}`;
-    into(next, async () => {
-      const found = await answer;
-      return [h("h2", {}, "Next token ", after()), h("p", { class: "note" }, found.layer === info.n_layer ? `Click a token to explain its logit.${shareOf(found.top)}` :
+    const found = await call("position", ask, state.dictionary === "ica" ? "fitting ICA, which may take minutes" : "summing signals");
+    const after = `after ${quoted(visible(tokens[state.position ?? tokens.length - 1]?.text ?? ""))}`;
+    return [
+      [h("h2", {}, "Next token ", after), h("p", { class: "note" }, found.layer === info.n_layer ? `Click a token to explain its logit.${shareOf(found.top)}` :
         [`Read from the stream at layer ${found.layer}. `, h("button", { onclick: () => go({ layer: null }) }, "read the last one")]),
-      likely(found.top, found.target.id, (target) => go({ target }))];
-    });
-    into(terms, async () => {
-      const found = await answer;
-      return [h("h2", {}, sumTitle(found)), h("p", { class: "note" }, `The ${found.terms.length} largest of ${found.terms.length + found.n_others} terms, beside each the words its signal promotes. Grey: size of this rank in random rotations. The forward pass gives ${number(found.logit, 4)}, the terms sum to ${number(found.sum, 4)}.`),
-        waterfall(termRows(found, state.dictionary === "native"), "nats"), found.notes.map((note) => h("p", { class: "note" }, note))];
-    });
-    await answer.catch(() => {});
-  };
+      likely(found.top, found.target.id, (target) => go({ target }))],
+      [h("h2", {}, sumTitle(found)), h("p", { class: "note" }, `The ${found.terms.length} largest of ${found.terms.length + found.n_others} terms, beside each the words its signal promotes. Grey: size of this rank in random rotations. The forward pass gives ${number(found.logit, 4)}, the terms sum to ${number(found.sum, 4)}.`),
+      waterfall(termRows(found, state.dictionary === "native")), found.notes.map((note) => h("p", { class: "note" }, note))]];
+  });
   const update = () => {
     if (last.text !== state.text || last.position !== state.position) {
       into(row, async () => {
-        const found = await call("read", { text: state.text }, "reading");
+        const found = await readPrompt();
         tokens = found.tokens;
-        if (state.position !== null && state.position >= tokens.length) set({ position: null });
         showNext().then(showMap); // which takes longer
         return tokenRow(found);
       });
@@ -114,13 +134,12 @@ export function promptView() {
     }
     last = { ...state };
   };
-  const lens = h("input", { type: "number", min: 0, max: info.n_signals - 1, "aria-label": "number of the signal", value: state.lens ?? 0, hidden: state.lens === null,
-    onchange: (event) => go({ lens: event.target.valueAsNumber || 0 }) });
+  const lens = signalBox({ "aria-label": `number of the ${info.unit}`, value: state.lens ?? 0, hidden: state.lens === null }, (signal) => go({ lens: signal }));
   const pick = h("select", { id: "lens", "aria-label": "what the map shows", value: state.lens === null ? "top" : "signal",
     onchange: (event) => { lens.hidden = event.target.value === "top"; go({ lens: lens.hidden ? null : lens.valueAsNumber || 0 }); } },
   h("option", { value: "top" }, "likeliest token"), h("option", { value: "signal" }, `activation of ${info.unit}`));
   return { update, content: [
-    about("Type a prompt and click a token: the page shows what the model expects next, and which signals make it so.", ...PROMPT_METHOD),
+    about("Type a prompt and click a token: the page shows what the model expects next, and which signals make it so.", ...promptMethod()),
     prompt(), row, h("div", { class: "row" }, pairBoxes()),
     h("div", { class: "row", role: "radiogroup", "aria-label": "signals" }, "signals:", ["native", "rotated", "pca", "ica"].map(choice)),
     h("div", { class: "columns" }, next, terms),
@@ -131,8 +150,8 @@ export function promptView() {
 
 // ----------------------------------------------------------------------------------------------------
 
-function tokenList(title, pairs) {
-  return h("div", {}, h("h3", {}, title), bars(pairs.map(([text, value]) => ({ label: text, value, text: number(value) }))));
+function column(title, pairs, open) {
+  return h("div", {}, h("h3", {}, title), bars(pairs.map(([text, value]) => ({ label: text, value, text: number(value), open: open && (() => open(text)) }))));
 }
 
 function contextLines(lines) {
@@ -148,23 +167,22 @@ function card(found, contexts) {
     h("p", {}, `Rank ${found.rank + 1} of ${info.n_signals} by usage (${percent(found.usage)} of squared codes). Column: ${found.class}. Correlation with log frequency ${number(found["Spearman with log frequency"])}, skew ${number(found.skew)}, excess kurtosis ${number(found["excess kurtosis"])}.`),
     h("p", {}, "Word classes: ", z.length ? z : "too few labelled words"),
     found.ablation && h("p", { class: "ablation" }, `Removed after the prompt: log p of ${quoted(visible(found.ablation.token))} changes by ${number(found.ablation.change, 3)} nats, KL ${number(found.ablation.kl, 3)} nats. Exact.`),
-    h("div", { class: "columns narrow" }, tokenList("promotes, code", found.high), tokenList("suppresses, code", found.low)),
+    h("div", { class: "columns narrow" }, column("promotes, code", found.high), column("suppresses, code", found.low)),
     h("h3", {}, "Activations on held-out text"),
     found.histogram ? [histogram(found.histogram), h("h3", {}, "Strongest at"), contextLines(found.strong), h("h3", {}, "Weakest at"), contextLines(found.weak)]
       : h("p", { class: "note" }, contexts.missing ? `None: ${contexts.missing}.` : `Reading held-out text: ${contexts.done} of ${contexts.total} windows.`),
     learned && h("p", { class: "links" }, "Neighbours (cosine): ", found.neighbours.filter(([, cosine]) => Math.abs(cosine) > 0.005).map(([i, cosine]) => h("button", { onclick: openSignal(i) }, `${i} (${number(cosine)})`))));
 }
 
-const SIGNAL_METHOD = [
+const signalMethod = () => [
   "Codes are recipes times the length of the signal's row of the basis: how far along the signal a token's embedding goes. Because the embedding is tied, the tokens that a signal promotes at the output carry it most at the input.",
-  "The rotated card is of a random rotation of all signals, which leaves every logit as it is. The signal of the same rank by usage stands here. Whatever it shows as well is no property of the learned signal: a z, a long tail, contexts that seem to agree.",
+  `The rotated card is of one signal after all were rotated at random. ${turned()} The signal of the same rank by usage stands here. Whatever it shows as well is no property of the learned signal: a z, a long tail, contexts that seem to agree.`,
   "Word classes: rank-sum z of their words' codes, log frequency regressed out; q is the false discovery rate over all signals and classes. Contexts: the held-out windows with the most extreme activations A[s] of the final state, one place a window.",
 ];
 
 export function signalView() {
   const cards = h("div", { id: "cards" }), near = h("p", { class: "links" });
-  const input = h("input", { type: "number", id: "signal", min: 0, max: info.n_signals - 1, value: state.signal, "aria-label": `number of the ${info.unit}`,
-    onchange: (event) => go({ signal: Math.min(info.n_signals - 1, Math.max(0, event.target.valueAsNumber || 0)) }) });
+  const input = signalBox({ id: "signal", "aria-label": `number of the ${info.unit}`, value: state.signal }, (signal) => go({ signal }));
   const step = (by) => () => go({ signal: (state.signal + by + info.n_signals) % info.n_signals });
   let timer;
   const update = () => {
@@ -174,6 +192,7 @@ export function signalView() {
     if (!snapshot) into(near, async () => ["Strongest after the prompt: ",
       (await call("strongest", here)).signals.map((i) => h("button", { onclick: openSignal(i) }, String(i)))]);
     into(cards, async () => {
+      checkSignal(state.signal);
       const found = await call("signal", snapshot ? { signal: state.signal } : { signal: state.signal, ...here }, "making the cards");
       if (!snapshot && !found.contexts.ready && !found.contexts.missing) timer = setTimeout(() => cards.isConnected && update(), 1500);
       return [h("div", { class: "columns" }, found.cards.map((each) => card(each, found.contexts))),
@@ -182,7 +201,7 @@ export function signalView() {
     });
   };
   return { update, content: [
-    about("What a signal promotes and suppresses, and where in text it is strong; beside it, always, the same of a random rotation.", ...SIGNAL_METHOD),
+    about("What a signal promotes and suppresses, and where in text it is strong; beside it, always, the same of a random rotation.", ...signalMethod()),
     h("div", { class: "row" }, h("label", {}, info.unit, input), h("button", { onclick: step(-1) }, "previous"), h("button", { onclick: step(1) }, "next"),
       !snapshot && h("span", { class: "note" }, "prompt at hand: ", quoted(cut(state.text, 50)))), near, cards,
   ] };
@@ -195,10 +214,6 @@ const TOKEN_METHOD = [
   "Neighbours by cosine, after subtracting the mean of the 2,000 most frequent tokens. Shuffled recipes are the control: each token has the recipe of another one that is as frequent, so these neighbours are of chance.",
   "Arithmetic is 3CosAdd: cosine with the first word, minus that with the second, plus that with the third. Many famous answers are only neighbours of one of the words, so these stand beside.",
 ];
-
-function column(title, pairs, open) {
-  return h("div", {}, h("h3", {}, title), bars(pairs.map(([text, value]) => ({ label: text, value, text: number(value), open: open && (() => open(text)) }))));
-}
 
 export function tokenView() {
   const box = h("div", { id: "token" }), sums = h("div", { id: "sums" });

@@ -8,8 +8,6 @@ const RUNS_METHOD = [
   "An effect claim is supported if the 95 % interval of its gain over every control lies above zero; a signals claim if the learned signals beat at least 19 random rotations (p at most 0.05) and every rival, such as PCA and ICA. A description has no verdict. The methods are in experiments/README.md.",
   "One run is one model: intervals count words or prompts, not seeds. A red line marks a claim whose verdict differs between the two runs.",
 ];
-const CURVES = { val_loss: "validation loss, nats per token", loss: "training loss, nats per token", grad_norm: "gradient norm", lr: "learning rate",
-  signal_gini: "Gini coefficient of the recipes", dead_signals: "share of dead signals", basis_rank: "effective rank of the basis", signal_change: "distance of the recipes from step 0, of their length there" };
 
 function verdict(claim) {
   return claim ? [h("span", { class: claim.verdict.split(" ")[0] }, claim.verdict), h("br"), h("small", {}, estimate(claim.measured))] : "–";
@@ -25,12 +23,12 @@ export function runsView() {
     h("option", { value: "" }, "no other run"), info.runs.map((name) => h("option", { value: name }, name)));
   const update = () => {
     const name = state.other ?? info.beside;
-    const answers = Promise.all([call("claims"), name && !snapshot ? call("claims", { run: name }) : null]);
-    into(box, async () => {
-      const [own, other] = await answers;
+    into([box, lines], async () => {
+      const [own, other] = await Promise.all([call("claims"), name && !snapshot ? call("claims", { run: name }) : null]);
       const theirs = Object.fromEntries((other?.claims ?? []).map((claim) => [`${claim.experiment} ${claim.key}`, claim]));
       const count = (name) => own.claims.filter((claim) => claim.verdict === name).length;
-      return [
+      const drawn = Object.entries(own.curves);
+      return [[
         h("h2", {}, `${own.name}, step ${own.step.toLocaleString("en")}`, other && ` beside ${other.name}, step ${other.step.toLocaleString("en")}`),
         own.claims.length ? h("p", {}, `${count("supported")} claims are supported, ${count("not supported")} are not, ${count("inconclusive")} are inconclusive, ${count("description")} are descriptions.`)
           : h("p", {}, "This run has no results. They come from ", h("code", {}, own.again)),
@@ -41,13 +39,9 @@ export function runsView() {
             const second = theirs[`${claim.experiment} ${claim.key}`];
             return h("tr", { class: second && second.verdict !== claim.verdict ? "differs" : null },
               h("td", { class: "wrap" }, claim.claim, h("br"), h("small", {}, `${claim.experiment}, ${claim.kind}: ${claim.reason}`)), h("td", {}, verdict(claim)), other && h("td", {}, verdict(second)));
-          })))];
-    });
-    into(lines, async () => {
-      const [own, other] = await answers;
-      const drawn = Object.entries(CURVES).filter(([key]) => own.curves[key]?.length > 1);
-      return drawn.length ? drawn.map(([key, words]) => h("div", {}, h("h3", {}, words), curves([own.curves[key], other?.curves[key]].filter(Boolean), words)))
-        : h("p", { class: "note" }, "No metrics.jsonl lies beside this run: a release brings none.");
+          })))],
+      drawn.length ? drawn.map(([words, points]) => h("div", {}, h("h3", {}, words), curves([points, other?.curves[words]].filter(Boolean), words)))
+        : h("p", { class: "note" }, "No metrics.jsonl lies beside this run: a release brings none.")];
     });
   };
   return { update, content: [about("Which claims about this run survive their controls, and how it was trained.", ...RUNS_METHOD),

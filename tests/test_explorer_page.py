@@ -163,6 +163,22 @@ def test_a_token_and_its_neighbours(server, explorer, open_page):
     assert "pieces" in page.locator("#token .error").text_content()
 
 
+def test_a_mistake_is_said_once_and_names_what_there_is(server, open_page):
+    page = open_page(f"{server[0]}&text={TEXT}")
+    page.wait_for_selector("#terms .bar")
+    page.fill("#target", "antidisestablishment")
+    page.press("#target", "Enter")
+    until(page, "document.querySelectorAll('.error').length > 0")
+    idle(page)
+    assert page.locator(".error").count() == 1 and "pieces" in page.text_content(".error")
+    page.click("nav button[data-view=signal]")
+    page.wait_for_selector("section.card")
+    page.fill("#signal", "999")
+    page.press("#signal", "Enter")
+    until(page, "document.querySelectorAll('#cards .error').length > 0")
+    assert page.text_content("#cards .error") == "no signal 999: signals are 0 to 15"
+
+
 def test_a_slider_changes_the_numbers_to_the_right_value(server, explorer, open_page):
     page = open_page(f"{server[0]}&view=edit&text={TEXT}")
     page.wait_for_selector("#next .bar")
