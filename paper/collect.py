@@ -2,7 +2,7 @@
 Gather what the paper is made of into paper/results, which is committed: enough to build it anywhere.
 
     python paper/collect.py --runs=out/reflow-mini,out/gpt2-new-mini,out/reflow-nano,out/gpt2-new-nano
-    python paper/collect.py --studies=out/studies --minis=out/minis --bench=out/bench.json
+    python paper/collect.py --studies=out/studies --bench=out/bench.json
     python paper/collect.py --released=release/reflow-mini      results of the rounded weights of a run
 
 Of a run it takes the configuration, the losses and the curve (runs.json), and the results of its experiments.
@@ -45,7 +45,6 @@ MOST_ROWS = 10_000  # of a metric
 class CollectConfig:
     runs: str = ""  # folders of runs, separated by commas
     studies: str = ""  # folder of train_runs.py's runs, with the results of all studies
-    minis: str = ""  # folder with results of studies of the main runs (their --out)
     bench: str = ""  # bench.py's file; bf16 and fp32 are kept side by side
     released: str = ""  # folder of a release of a run that runs.json describes
 
@@ -159,8 +158,6 @@ def gather(c, runs):
         places |= {f"studies/{name}": folder for name, folder in all_studies(c.studies).items()}
         for ckpt in find_runs(f"{c.studies}/*"):
             runs[ckpt.name] = describe(ckpt)
-    if c.minis:
-        places |= {f"minis/{name}": folder for name, folder in all_studies(c.minis).items()}
     return places
 
 

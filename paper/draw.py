@@ -226,9 +226,7 @@ def draw_gaps(ax):
 
 def draw_seeds():
     """How well signals of two seeds match, beside rotated ones, for every kind and shape with two seeds."""
-    shapes = {}
-    for folder in ("studies", "minis"):
-        shapes |= result(folder, "stability").numbers["shapes"]
+    shapes = result("studies", "stability").numbers["shapes"]
     kinds = list(dict.fromkeys(shape.split()[0] for shape in shapes))
     sizes = list(dict.fromkeys(shape.split()[1] for shape in shapes))
     titles = {"raw": "frequency left in", "freed": "beyond frequency"}

@@ -27,7 +27,7 @@ def load(name):
 
 
 def result(run, experiment):
-    """The Result of an experiment on a run, or of a study on the "studies" or "minis". Raises UserError."""
+    """The Result of an experiment on a run, or of one of the "studies". Raises UserError."""
     return read_result(result_file(f"{run}/{experiment}.json"))
 
 
@@ -54,24 +54,13 @@ def gauges():
     return {words: run for words, run in SUBJECT["trained"].items() if run in load("runs")}
 
 
-def of_older_rules(run):
-    """Whether the results of a run are from before an effect had to beat three null models, not only step 0.
-
-    Verdicts under different rules are not compared.
-    """
-    return any("step 0" in claim.controls and "noise" not in claim.controls for claim in claims(run).values())
-
-
 def has_plain(run):
     """Whether a plain GPT stood beside the run in its experiments, as a control and a rival."""
     return any("baseline" in claim.controls for claim in claims(run).values())
 
 
 def judged(found):
-    """Those of these claims that have a verdict.
-
-    What skewed gauges show is a description; results of older rules called it a signals claim.
-    """
+    """Those of these claims that have a verdict: what skewed gauges show is a description."""
     return [claim for claim in found if claim.gauge != "skewed"]
 
 

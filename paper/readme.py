@@ -13,7 +13,6 @@ from paper.reading import (
     judged,
     load,
     of_kind,
-    of_older_rules,
     result,
     supported,
 )
@@ -132,73 +131,6 @@ def about_plain(run):
     return paragraph(*sentences)
 
 
-def about_second(run):
-    """What the second seed says, as Markdown."""
-    second_name = SUBJECT["second"]
-    found = claims(run)
-    second = claims(second_name)
-    both = [(claim.experiment, claim.key) for claim in judged(found.values())]
-    both = [name for name in both if name in second]
-    same = [name for name in both if second[name].verdict == found[name].verdict]
-    held = [name for name in both if found[name].verdict == "supported"]
-    held_again = supported([second[name] for name in held])
-    return paragraph(
-        f"A second seed, `{second_name}`, has the same verdict in {len(same)} of {n_claims(both)}.",
-        f"It supports {len(held_again)} of the {len(held)} claims that the first seed supports.",
-    )
-
-
-def about_hard():
-    """What the run with hard sparsity says, as Markdown."""
-    name = SUBJECT["runs"]["topk"]
-    found = claims(name).values()
-    effects = of_kind("effect", found)
-    signals = of_kind("signals", found)
-    special = supported(signals)
-    by_construction = [c for c in special if [c.experiment, c.key] in SUBJECT["favours_few_entries"]]
-    sentences = [
-        f"`{name}` was trained with hard top-k sparsity.",
-        f"It supports {len(supported(effects))} of {len(effects)} effect claims"
-        f" and {len(special)} of {len(signals)} signals claims.",
-    ]
-    if by_construction:
-        sentences.append(
-            f"Its few nonzero entries favour it by construction in {len(by_construction)} of these"
-            f" {len(special)}."
-        )
-    return paragraph(*sentences)
-
-
-def about_others(run):
-    """The runs beside it, as paragraphs of Markdown. Those of older rules are named, not compared."""
-    told = {
-        SUBJECT["coordinates"]: lambda: about_plain(run),
-        SUBJECT["second"]: lambda: about_second(run),
-        SUBJECT["runs"]["topk"]: about_hard,
-    }
-    parts = [tell() for name, tell in told.items() if not of_older_rules(name)]
-    older = [f"`{name}`" for name in told if of_older_rules(name)]
-    if older:
-        parts.append(
-            paragraph(
-                f"The results of {', '.join(older)} are of older rules of claims.",
-                "Their weights were not kept, so they have to be trained anew first.",
-                "No comparison with them is counted here.",
-            )
-        )
-    if not has_plain(run):
-        special = supported(of_kind("signals", claims(run).values()))
-        parts.append(
-            paragraph(
-                f"No plain GPT stands beside `{run}` in these results: the weights of"
-                f" `{SUBJECT['runs']['dense']}` were not kept either.",
-                "A further rival can only take support from a signals claim"
-                + ("." if special else ", and none is supported."),
-            )
-        )
-    return parts
-
-
 def table(names):
     """The claims with a published counterpart, measured on some runs, as Markdown."""
     lines = [
@@ -260,7 +192,7 @@ def results_block():
     parts = [
         finding(run),
         about_model(run),
-        *about_others(run),
+        about_plain(run),
         paragraph(
             "The figure shows all signals claims on one scale. The band is the range of random rotations,"
             " the diamond is the learned signals."

@@ -35,13 +35,3 @@ def change_results(paths, change):
 def change_claims(results, change):
     """Apply change(Claim) to every claim of every result in a folder."""
     change_results(results.glob("*/*.json"), change)
-
-
-def follow_present_rules(results):
-    """Give every claim that has step 0 as a control the other null models, as the present rules ask."""
-
-    def add(claim):
-        if "step 0" in claim.controls:
-            claim.controls |= dict.fromkeys(("noise", "shuffled text"), claim.controls["step 0"])
-
-    change_claims(results, add)

@@ -11,7 +11,7 @@ from experiments.lab.results import read_result
 from experiments.run_all import NAMES
 from experiments.studies import STUDIES
 from paper import build, reading, readme
-from tests.paper_fixtures import PAPER, RUN, change_claims, copy_results, follow_present_rules
+from tests.paper_fixtures import PAPER, RUN, change_claims, copy_results
 
 
 def texts(node):
@@ -58,29 +58,10 @@ def test_rewording_every_claim_changes_nothing_but_the_sentences(tmp_path, monke
     assert page() == page_before
 
 
-def test_runs_of_older_rules_are_marked_and_others_compared(tmp_path, monkeypatch):
-    """Marked are the runs that reading.py finds; without them, and with a plain model, all is compared."""
-    results = copy_results(tmp_path, monkeypatch)
-    change_claims(results, lambda claim: claim.controls.pop("noise", None))
-    assert reading.of_older_rules(reading.SUBJECT["second"])
-    text = " ".join(" ".join(paper_texts(tmp_path)).split())
-    assert (
-        "(older rules)" in text and "What is not compared" in text and "has the same verdict in" not in text
-    )
-
-    follow_present_rules(results)
-    subject = json.loads((tmp_path / "paper" / "subject.json").read_text(encoding="utf-8"))
-    subject["runs"]["factored"] = "reflow-nano"  # which has a plain model beside it
-    (tmp_path / "paper" / "subject.json").write_text(json.dumps(subject), encoding="utf-8")
-    text = " ".join(" ".join(paper_texts(tmp_path)).split())
-    assert "older rules" not in text and "has the same verdict in" in text
-    assert "What is not compared" not in text and "for those of the plain model" in text
-
-
 def test_a_claim_without_its_key_stops_the_paper(tmp_path, monkeypatch):
     results = copy_results(tmp_path, monkeypatch)
     typst = pytest.importorskip("typst")
-    path = results / reading.SUBJECT["second"] / "ablate_signal.json"
+    path = results / reading.SUBJECT["coordinates"] / "ablate_signal.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"generalizes"', '"general"'), encoding="utf-8")
     with pytest.raises(typst.TypstError, match="ablate_signal of .* has no claim generalizes"):
         typst.compile(tmp_path / "paper" / "paper.typ", root=tmp_path)

@@ -158,7 +158,7 @@ def test_a_result_of_an_older_form_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("option", ["studies", "minis", "bench"])
+@pytest.mark.parametrize("option", ["studies", "bench"])
 def test_what_is_missing_is_named_before_anything_is_written(tmp_path, monkeypatch, option):
     with pytest.raises(collect.UserError, match="nothing was collected"):
         collected(monkeypatch, tmp_path / "results", f"--{option}={tmp_path / 'nothing'}")
