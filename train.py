@@ -1,17 +1,17 @@
 """
 Train a reFlow model.
 
-    python train.py                               the nano model on the embedded corpus, on whatever is here
+    python train.py                               the nano model on the embedded corpus
     python train.py config/reflow_1.py --dry_run  what a run needs; trains nothing
     python train.py --init_from=out/reflow-nano --out_dir=out/tuned --dataset=books       fine-tune a run
-    python train.py --resume                      go on after a kill, bit for bit (start, if nothing is there)
+    python train.py --out_dir=out/tuned --resume  go on after a kill, on a CPU with the same bits; else start
 
     torchrun --standalone --nproc_per_node=4 train.py config/reflow_1.py        four GPUs; several machines:
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py CONFIG
 
-A run is a pure function of its configuration: the batch, the learning rate and the dropout of a step depend
-on the seed and the step number alone, so the curve does not depend on the number of processes (up to
-rounding), nor on how often the run was evaluated, killed and resumed.
+The batch and the learning rate of a step depend only on the configuration and the step number, the dropout
+also on the process. So the curve does not depend on how often a run was evaluated, killed and resumed, nor,
+without dropout and up to rounding, on the number of processes.
 """
 
 import contextlib
@@ -67,17 +67,17 @@ class TrainConfig:
     min_lr: float = 6e-5  # learning rate at the end of the cosine
     warmup_steps: int = 100  # linear warm-up from 0
     weight_decay: float = 0.1  # on matrices only
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices in blocks, with AdamW for the rest
     beta1: float = 0.9  # AdamW's first-moment decay
     beta2: float = 0.95  # AdamW's second-moment decay
     grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
     eval_interval: int = 250  # steps between evaluations
-    eval_sequences: int = 64  # validation sequences of an evaluation; the last step's takes the whole split
+    eval_sequences: int = 64  # validation sequences of an evaluation; the last step also takes all
     save_interval: int = 500  # steps between checkpoints, a multiple of eval_interval
-    keep: int = 2  # newest checkpoints to keep, beside step 0 and the best
+    keep: int = 2  # newest checkpoints to keep, besides step 0 and the best
     log_interval: int = 10  # steps between lines of metrics.jsonl
     max_bad_steps: int = 50  # stop after so many steps in a row with a non-finite loss or gradient
-    seed: int = 0  # of weights, batches and dropout
+    seed: int = 0  # of initial weights, batches and dropout
     device: str = "auto"  # auto: cuda, then mps, then cpu
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 if the hardware has it, fp16 on older GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # torchrun: replicate, or shard a model that outgrows one card
@@ -99,16 +99,16 @@ class TrainConfig:
         check(self, "0 <= weight_decay <= 100", "grad_clip >= 0")
 
 
-# What decides a run's curve: a resumption with another value is allowed, and said.
+# Settings that change the loss curve: --resume accepts another value and prints the change.
 CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"}
 CURVE |= {"grad_clip", "seed", "dtype"}
 
 
-GAIN_RATE = 10.0  # of the learning rate, for gains of signals: at 1 they hardly leave their start (LOG.md)
+GAIN_RATE = 10.0  # times the learning rate, for gains of signals: at 1 they hardly change (LOG.md)
 
 
 def learning_rate(step, c):
-    """Of the update after `step` updates: linear warm-up, then half a cosine, min_lr at the last one."""
+    """The rate of the update after `step` updates: linear warm-up, then half a cosine down to min_lr."""
     if step < c.warmup_steps:
         return c.lr * (step + 1) / c.warmup_steps
     progress = (step - c.warmup_steps) / max(1, c.max_steps - 1 - c.warmup_steps)
@@ -116,12 +116,12 @@ def learning_rate(step, c):
 
 
 def step_seed(seed, step, rank):
-    """The seed of a process's random numbers in one step, the same on every machine and Python."""
+    """The seed of a process's random numbers in one step, the same on every machine."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 class Together:
-    """Optimisers of different parameters as one; the state of each parameter is in one dictionary."""
+    """Several optimisers, each of its own parameters, used as one; they share one dictionary of states."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -146,8 +146,8 @@ class Together:
 def make_optimizer(model, c, device):
     """AdamW (Loshchilov & Hutter, 2019), fused where that exists, with weight decay on matrices only.
 
-    Muon (Jordan et al., 2024) for the matrices of the blocks if asked for, its updates in the size of AdamW's
-    (Liu et al., 2502.16982): so both take one learning rate.
+    With optimizer=muon, Muon (Jordan et al., 2024) updates the matrices of the blocks. Its updates are scaled
+    to the size of AdamW's (Liu et al., 2502.16982), so that both take the same learning rate.
     """
     of_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and c.optimizer == "muon"]
     known = set(map(id, of_muon))
@@ -167,7 +167,7 @@ def make_optimizer(model, c, device):
 
 
 def compile_blocks(model, x, y, autocast):
-    """Compile each block in place if a trial step works and agrees with the plain model; else say so."""
+    """Compile each block in place if a trial step works and gives the same states; else print why not."""
     model.eval()  # no dropout
     with autocast, torch.no_grad():
         plain = model.encode(x)  # not the loss: at the start that is log V, whatever the blocks do
@@ -180,9 +180,9 @@ def compile_blocks(model, x, y, autocast):
         with autocast:
             loss = model(x, y)[1]
         loss.backward()
-        if not (difference := ((after - plain).norm() / plain.norm()).item()) <= 2e-2:  # a NaN, too
+        if not (difference := ((after - plain).norm() / plain.norm()).item()) <= 2e-2:  # also true of NaN
             raise RuntimeError(f"a trial step differs by {difference:.1%}")
-    except Exception as error:  # whatever a compiler can throw: the run does not depend on it
+    except Exception as error:  # a compiler may raise anything, and the run does not need it
         for block in model.blocks:
             block.__dict__.pop("forward", None)  # the class's own again
         print(f"--compile is off: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
@@ -190,9 +190,9 @@ def compile_blocks(model, x, y, autocast):
 
 
 def check_same_run(before, m, c, data_sha256, dtype):
-    """Raise UserError unless the checkpoint `before` belongs to this model and data; say what else is new."""
+    """Raise UserError unless the checkpoint `before` has this model and data; print what else changed."""
     old = before["config"]
-    was = asdict(ModelConfig(**old["model"]))  # with defaults for what it did not know yet
+    was = asdict(ModelConfig(**old["model"]))  # defaults for fields of later versions
     if changed := [f"{k}={v} (was {was[k]})" for k, v in asdict(m).items() if was[k] != v]:
         raise UserError(f"{c.out_dir} holds another model: {', '.join(changed)}: give another --out_dir")
     if before["data_sha256"] != data_sha256:
@@ -218,7 +218,7 @@ def fitted(m, tokenizer):
 def read_origin(m, c):
     """(the model that --init_from names, the ModelConfig to train it with, its Tokenizer). UserError.
 
-    The model's own configuration holds; only dropout, which is no part of it, is the run's.
+    The configuration is the model's own, except dropout, which the run sets.
     """
     step = checkpoint.find(c.init_from)
     origin, state = checkpoint.load_model(step, verified=True)
@@ -239,12 +239,12 @@ def own_settings(given):
     if newest is None:
         return {}
     saved = state["config"]["model"] | state["config"].get("train", {})
-    once = ("resume", "profile", "verify_data")  # of a command, not of a run
+    once = ("resume", "profile", "verify_data")  # these belong to one command, not to the run
     return {key: value for key, value in saved.items() if key not in once} | {"out_dir": str(run)}
 
 
 def command(c):
-    """What to type to go on with a run."""
+    """The command that resumes a run."""
     python = "python" if processes()[2] == 1 else "torchrun ..."
     return f"{python} {shlex.quote(sys.argv[0])} --out_dir={shlex.quote(c.out_dir)} --resume"
 
@@ -273,7 +273,7 @@ def main():
             status = train(m, c, run)
     except BrokenPipeError:  # train.py | head
         raise
-    except OSError as error:  # a full disk, above all
+    except OSError as error:  # mostly a full disk
         kept, _, _ = checkpoint.newest_whole(run)
         remedy = f"{kept} is whole; go on from it with: {command(c)}" if kept else "no checkpoint was saved"
         raise UserError(f"{error.filename or run}: {error.strerror or error}: {remedy}") from None
@@ -323,7 +323,7 @@ def train(m, c, run):
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else local)
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # what autocast leaves in fp32; from Ampere on
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # products that autocast leaves in fp32
     on_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -361,13 +361,13 @@ def train(m, c, run):
             fully_shard(block)
         fully_shard(raw)
     elif world > 1:
-        # A view: gradients are held once. Buffers, the places of a sparse vocabulary, never change.
+        # Bucket views hold gradients only once. Buffers, the places of a sparse vocabulary, never change.
         model = DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
     optimizer = make_optimizer(raw, c, device)
 
-    # -- where the run is
+    # -- the state of the run
     step, skipped, val_loss, best, whole_val_loss = 0, 0, None, None, None
-    token = (before or {}).get("token") or uuid.uuid4().hex  # for an id of its own at wandb
+    token = (before or {}).get("token") or uuid.uuid4().hex  # makes the run's id at wandb unique
     if newest:
         check_same_run(before, m, c, train_set.data_sha256, precision)
         step, skipped = before["step"], before["skipped"]
@@ -388,7 +388,7 @@ def train(m, c, run):
         run.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(run, c.logger, asdict(m) | asdict(c), step, token)
 
-    # Under FSDP no process holds the signals; a sparse vocabulary has its recipes in another form.
+    # Under FSDP no process holds all signals; a sparse vocabulary stores its recipes in another form.
     statistics = None
     if first and isinstance(raw.vocab, FactoredVocab) and not sharded:
         start = run / "step_000000" / checkpoint.WEIGHTS[0] if step else None
@@ -431,7 +431,7 @@ def train(m, c, run):
         batch = [t.pin_memory() for t in batch] if on_cuda else batch
         return [t.to(device, non_blocking=True).split(c.micro_batch_size) for t in batch]
 
-    # A signal asks for a checkpoint at the end of the step; the processes agree on it there.
+    # SIGTERM or SIGINT asks for a checkpoint; at the end of a step the processes learn whether any was asked.
     asked = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: asked.append(signal.Signals(number)))
@@ -508,7 +508,7 @@ def train(m, c, run):
                 save(is_best)
             clock += time.perf_counter() - paused
         if stop and step < c.max_steps:
-            if step % c.save_interval:  # else it has just been saved
+            if step % c.save_interval:  # otherwise it was just saved
                 save(is_best=False)
             break
     bar.close()
@@ -523,16 +523,16 @@ def train(m, c, run):
         whole = f"; over the whole validation split: {show(whole_val_loss)}" if whole_val_loss else ""
         say(f"finished {run} at step {step}{whole}")
     if step < c.max_steps:
-        return 128 + (asked[0] if asked else signal.SIGTERM)  # so that `make demo` stops, too
+        return 128 + (asked[0] if asked else signal.SIGTERM)  # not 0, so that `make demo` stops, too
     return 0
 
 
 def leave(status):
     """End this process with an exit status.
 
-    One of several ends without Python's finalization. The threads of a process group that trained a
-    DistributedDataParallel outlive it. If one of them asks for the interpreter while that is taken down, the
-    process aborts, after its work is done (https://github.com/pytorch/pytorch/pull/179291).
+    Under torchrun it skips Python's finalization: threads of the process group are still running then, and if
+    one asks for the interpreter while that shuts down, the process aborts although its work is done
+    (https://github.com/pytorch/pytorch/pull/179291).
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,13 +1,13 @@
 """
-The default: a model that two CPU cores train in minutes on the embedded corpus.
+The default run: a small factored model on the embedded corpus, the State of the Union addresses.
 
-    python train.py                    (this file is what it reads when it is given none)
+    python train.py                    (without a config file it reads this one)
 
 Expect 1.61 bits per byte (4.80 nats per token) after 600 steps of 1,024 tokens, in about a minute on two
-cores with bf16 instructions. It has read 0.61M tokens: it knows words, not facts.
+cores with bf16 instructions. The model has read 0.61M tokens: it knows words, not facts.
 
-Its vocabulary is the first 8,192 tokens of GPT-2, as they are. All 50,257 would take most of the time: with
-them 1.61 bits per byte need 100 seconds. Shape and schedule were chosen by measurement (LOG.md).
+Its tokens are the first 8,192 of GPT-2. With all 50,257, a step spends most of its time on the vocabulary,
+and 1.61 bits per byte take 100 seconds. Shape and schedule were chosen by measurement (LOG.md).
 """
 
 out_dir = "out/reflow-nano"
