@@ -3,14 +3,14 @@ The whole reFlow model: a decoder-only transformer whose vocabulary is a product
 
     E = W_recipe (V x S) @ W_basis (S x d)
 
-A row of W_recipe is a token's *recipe*, how much of each of the S shared *signals* it mixes; a row of W_basis
-is what that signal means in the residual stream. E is the input embedding and the output head, so every logit
-is a sum over signals, exactly: logit[v] = sum_s A[s] * W_recipe[v, s] with A = norm(h) @ W_basis.T.
+A row of W_recipe is a token's *recipe*: how much of each of the S shared *signals* it mixes. A row of W_basis
+is the direction of a signal in the residual stream. E is both the input embedding and the output head, so
+every logit is exactly a sum over signals: logit[v] = sum_s A[s] * W_recipe[v, s], A = norm(h) @ W_basis.T.
 
-The backbone is the usual one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs
+The backbone is a standard one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs
 (Su et al., 2021), SwiGLU (Shazeer, 2020), grouped-query attention (Ainslie et al., 2023), no biases.
 
-Plain modules with plain forward hooks; their names are stable. Beside them TransformerLens' names:
+Modules are plain and take PyTorch's forward hooks. Their names are stable; on the right TransformerLens' names:
 
     vocab                              hook_embed (vocab.embed), unembed (vocab.logits)
     blocks.{i}                         blocks.{i}.hook_resid_post
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 N_TOKENS = 50257  # GPT-2's
-IGNORE = -100  # a target that counts for nothing, as in torch
+IGNORE = -100  # a target that is left out of the loss, as in torch
 
 
 @dataclass
@@ -110,7 +110,7 @@ class ModelConfig:
 
     @property
     def rows(self):
-        """Rows of the vocabulary, V; a multiple of 64 is a size that hardware likes."""
+        """Rows of the vocabulary, V; by default a multiple of 64, for which matrix products are fast."""
         return 64 * math.ceil((self.n_token or N_TOKENS) / 64) if self.vocab_size is None else self.vocab_size
 
     @property
@@ -127,10 +127,10 @@ CACHED_ROWS = 32  # of the loss on a CPU; 16 to 64 are as fast (LOG.md)
 
 
 def to_gradient(logits, targets, scale, p):
-    """Cross-entropy of logits (n, V), summed, fp32; the logits become its gradient times `scale`, in place.
+    """Sum of the cross-entropies of logits (n, V), fp32; the logits become its gradient times `scale`.
 
-    No gradient if `scale` is None. `p` (n, V) is a buffer in fp32 (fp64 for fp64). Every pass is in place:
-    fresh pages for a temporary take a CPU longer than the arithmetic.
+    No gradient if `scale` is None. `p` (n, V) is a buffer in fp32 (fp64 for fp64). Every pass is in place: on
+    a CPU, fresh memory for a temporary takes longer than the arithmetic.
     """
     valid = (targets != IGNORE).unsqueeze(1)  # (n, 1)
     y = targets.unsqueeze(1).where(valid, 0)  # (n, 1)
@@ -139,7 +139,7 @@ def to_gradient(logits, targets, scale, p):
     p_y = p.gather(1, y)  # (n, 1)
     if p.device.type == "cpu" and p_y.min() >= torch.finfo(p.dtype).tiny:
         nll = -p_y.log()
-    else:  # it may have vanished, and to ask would make a GPU wait
+    else:  # the probability may be 0; on a GPU, asking would wait for it
         # log sum exp, from the largest logit and its probability
         lse = logits.amax(1, keepdim=True).to(p) - p.amax(1, keepdim=True).log()  # (n, 1)
         nll = lse - logits.gather(1, y)
@@ -151,7 +151,7 @@ def to_gradient(logits, targets, scale, p):
 
 
 def add_product(total, a, b, first):
-    """total (V, S) += a (V, C) @ b (C, S), where a and b may be of lower precision; `first`: it was empty."""
+    """total (V, S) += a (V, C) @ b (C, S), a and b may be of lower precision; `first`: = instead of +=."""
     if total.dtype == b.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
         return
@@ -168,11 +168,10 @@ def add_product(total, a, b, first):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of logits z (N, S) @ codes.T (S, V), never holding more than `chunk` rows of them.
 
-    A chunk's logits are turned into its gradient at once, in `forward`, while they are at hand: computing
-    them again in `backward` would cost a third more. That gradient is formed for an upstream gradient of
-    `grad_scale` and corrected to the true one in `backward`, so it is exact whatever comes; but give the loss
-    scale there in fp16, where p / N without it would vanish below 6e-8. The loss and the gradient of `codes`
-    are summed in fp32 (fp64 for fp64 inputs). Differentiable once.
+    `forward` turns the logits of a chunk into their gradient at once: computing them again in `backward`
+    would cost a third more. It assumes an upstream gradient of `grad_scale`, and `backward` corrects for the
+    true one. In fp16, give the loss scale as `grad_scale`: without it p / N below 6e-8 would become 0. The
+    loss and the gradient of `codes` are summed in fp32 (fp64 for fp64 inputs). Differentiable once.
     """
 
     @staticmethod
@@ -184,7 +183,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if with_grad:
             grad_z = torch.empty_like(z)
             grad_codes = (torch.empty_like if len(z) else torch.zeros_like)(codes, dtype=exact)
-        # Buffers for all chunks: on a CPU, fresh pages for each would cost a tenth of the time. There, the
+        # All chunks share buffers: on a CPU, fresh memory for each would cost a tenth of the time. There, the
         # probabilities of few rows at a time stay in the cache.
         rows = min(chunk, len(z))
         logits = z.new_empty(rows, len(codes))
@@ -215,15 +214,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_z, grad_codes, None, None, None, None
 
 
-FEW_ROWS = 64  # of generation
+FEW_ROWS = 64  # rows up to which `linear` takes the ways that are fast in generation
 
 
 @contextmanager
 def packed(weights, rows):
-    """While open, `linear` reads those of the weights that are bf16 on a CPU in oneDNN's own layout.
+    """A context in which `linear` reads those `weights` that are bf16 on a CPU in oneDNN's own layout.
 
-    oneDNN rearranges a plain matrix in every product: for `rows` rows that takes two to three times as long
-    as the product itself (LOG.md). The operators are those that torch.compile emits. A single row needs none.
+    oneDNN rearranges a plain matrix in every product. For few rows, a product with a plain matrix takes two
+    to three times as long (LOG.md). torch.compile emits the same operators. A single row needs none.
     """
     done = []
     try:
@@ -242,10 +241,10 @@ def packed(weights, rows):
 
 
 def linear(x, weight):
-    """F.linear, x (..., n) and weight (m, n) -> (..., m), the fast way round for the few rows of generation.
+    """F.linear, x (..., n) and weight (m, n) -> (..., m), fast also for the few rows of generation.
 
-    MKL's fp32 kernels read a tall matrix up to four times as fast when it stands on the left (LOG.md). For a
-    single row they take one that reads at half the memory's bandwidth: of a large matrix, four are faster.
+    MKL's fp32 kernels read a tall matrix up to four times as fast when it is the left factor (LOG.md). For a
+    single row they reach half of the memory's bandwidth, so for a large matrix the row is taken four times.
     """
     rows, large = x.numel() // x.size(-1), weight.numel() > 2**22
     packed = getattr(weight, "packed", None)
@@ -267,12 +266,12 @@ class Linear(nn.Linear):
 
 
 class Vocab(nn.Module):
-    """What all vocabularies share. A kind gives `embed`, `signals`, `recipes` and `matrix`."""
+    """What all vocabularies share. A subclass defines `embed`, `signals`, `recipes` and `matrix`."""
 
     chunk = 1024  # tokens whose logits the loss holds at a time
 
     def built(self):
-        """The same vocabulary for one forward pass, in which the input and the output share their work."""
+        """The same vocabulary for one forward pass; may compute once what input and output share."""
         return self
 
     def input_matrix(self):
@@ -288,7 +287,7 @@ class Vocab(nn.Module):
         z, codes = self.signals(h), self.recipes()
         device = z.device.type
         if torch.is_autocast_enabled(device):
-            # A dense vocabulary's signals are the fp32 stream: its products must run in the same precision.
+            # A dense vocabulary's signals are the fp32 stream: all kinds must use the same precision.
             z = z.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return ChunkedCrossEntropy.apply(
@@ -297,7 +296,7 @@ class Vocab(nn.Module):
 
 
 class FactoredVocab(Vocab):
-    """E = recipe @ basis, which is never built in training: both uses go through the S signals."""
+    """E = recipe @ basis. Training never forms E: input and output multiply by recipe and basis in turn."""
 
     def __init__(self, config):
         super().__init__()
@@ -384,10 +383,10 @@ class FixedVocab(DenseVocab):
 class GainsVocab(FactoredVocab):
     """A factored vocabulary whose signals have gains at the input: E_in = recipe @ diag(gain) @ basis.
 
-    Rotated recipes are another function here: two matrices recipe @ diag(g) @ basis whose ratios of gains
-    are distinct fix the recipes up to order, sign and scale, if both factors have full rank (Harshman, 1972).
-    The output needs no gains, the lengths of basis rows are such. With `reinject`, the stream gets the
-    embedding before every block again, each time with gains of its own.
+    Here rotated recipes give another function. Two matrices recipe @ diag(g) @ basis with distinct ratios of
+    gains determine the recipes up to order, sign and scale, if both factors have full rank (Harshman, 1972).
+    The output needs no gains: the lengths of basis rows serve as such. With `reinject`, the embedding is
+    added to the stream again before every block, each time with other gains.
     """
 
     def __init__(self, config):
@@ -399,7 +398,7 @@ class GainsVocab(FactoredVocab):
         return (F.embedding(idx, self.recipe) * self.gain[0]) @ self.basis
 
     def inject(self, idx, layer):
-        """What the stream gets before block `layer`, for ids idx (B, T), (B, T, d)."""
+        """What is added to the stream before block `layer`, for ids idx (B, T), (B, T, d)."""
         return (F.embedding(idx, self.recipe) * self.gain[1 + layer]) @ self.basis
 
     def input_matrix(self):
@@ -407,7 +406,7 @@ class GainsVocab(FactoredVocab):
 
     def reset_parameters(self, std):
         super().reset_parameters(std)
-        # Ratios near 1 would fix little; how they start is chance, so that equal ones mean something.
+        # Ratios near 1 would determine little. Starts are random: gains that agree between seeds are learned.
         self.gain[0].data.log_normal_(mean=0.0, std=0.7)
         for gain in self.gain[1:]:
             nn.init.normal_(gain, std=0.1)
@@ -416,8 +415,8 @@ class GainsVocab(FactoredVocab):
 class SparseProduct(torch.autograd.Function):
     """A sparse matrix times `basis` (S, d), (V, d): `value` (n,) holds its entries, row by row.
 
-    `places` is Places. Both directions are sums of few rows, so one kernel serves them; torch's own gradient
-    of the basis takes several times as long on a CPU. Differentiable once.
+    `places` is Places. The product and its gradients are sums of few rows, computed by embedding_bag; torch's
+    own gradient of the basis takes several times as long on a CPU. Differentiable once.
     """
 
     @staticmethod
@@ -454,12 +453,12 @@ class Places:
 
 
 class SparseVocab(Vocab):
-    """Signed recipes with few entries, whose places are fixed, beside a dense part that is not read.
+    """Recipes with few signed entries in fixed places, plus a dense part that is not interpreted.
 
     E = recipes @ basis, where a recipe has three parts: its entries among the first `n_signal` columns, the
-    token's row of `core`, and a 1 for the row that all tokens share. The core and that row of the basis are
-    no signals: they can be turned among themselves. A new model has its entries in random places;
-    `export.py --factor=sparse` takes those of a dictionary of a dense model.
+    token's row of `core`, and a 1 for the last row of the basis, which all tokens share. The core's rows of
+    the basis and the shared row are not signals: a rotation of the core leaves E as it is. A new model has
+    its entries in random places; `export.py --factor=sparse` takes those of a dictionary of a dense model.
     """
 
     def __init__(self, config):
@@ -521,7 +520,7 @@ class SparseVocab(Vocab):
 
 VOCABS = {
     "factored": FactoredVocab,  # recipes @ basis
-    "topk": TopKVocab,  # the same with a fixed number of positive entries a recipe
+    "topk": TopKVocab,  # the same with at most top_k entries in a recipe, all positive
     "sparse": SparseVocab,  # few signed entries in fixed places, beside a dense core
     "gains": GainsVocab,  # factored, with a gain for each signal at the input
     "dense": DenseVocab,  # one matrix, as in a plain GPT
@@ -535,7 +534,7 @@ VOCABS = {
 @lru_cache(maxsize=8)
 def rope_table(length, head_dim, base, device):
     """cos and sin of every position's angles, each (length, head_dim / 2), always fp32."""
-    with torch.inference_mode(False):  # kept over calls, so it must also serve a training step
+    with torch.inference_mode(False):  # the cached table must also work in a training step
         freqs = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs)
         return angles.cos().float().to(device), angles.sin().float().to(device)
@@ -553,9 +552,9 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens seen, for every layer; a row of the batch may be shorter than others.
+    """Keys and values of the tokens seen, for every layer; rows of the batch may have different lengths.
 
-    Filled at once by the first call, which may be any length (rows padded on the right), then token by token.
+    The first call fills it with a prompt of any length (rows padded on the right); later ones add one token.
     """
 
     def __init__(self, config, batch, capacity, device, dtype):
@@ -567,7 +566,7 @@ class KVCache:
         self.at = None  # where in (B, H_kv, capacity, D) the newest token goes
 
     def advance(self, device):
-        """Make room for one more token a row; its positions (B, 1)."""
+        """Make room for one more token in each row; return its positions (B, 1)."""
         positions = torch.tensor(self.lengths, device=device)
         self.lengths = [n + 1 for n in self.lengths]
         longest = max(self.lengths)
@@ -587,7 +586,7 @@ class KVCache:
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), where a token sees itself and those before it.
+    """Causal attention softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D).
 
     For CPUs, where torch's fused kernel takes up to twice the time (LOG.md): `rows` queries at a time,
     against the keys that they see. It keeps the probabilities for the backward pass, half of (B, H, T, T).
@@ -645,7 +644,7 @@ def row_blocks(length):
 def causal_attention(q, k, v):
     """q, k, v (B, H, T, D) -> (B, H, T, D)."""
     if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):  # they have its precision already
+        with torch.autocast("cpu", enabled=False):  # q, k and v are in its precision already
             return CausalAttention.apply(q, k, v)
     # is_causal, not a mask: that would cost (T, T) memory on a T4
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -669,7 +668,7 @@ class Attention(nn.Module):
         group = q.size(1) // k.size(1)  # query heads on one key head
         if cache is not None and cache.lengths is not None:
             k, v = cache.append(layer, k, v)
-            # The one new token sees every key: queries that share a key head are simply rows of one product.
+            # The one new token sees every key, so queries that share a key head are rows of one product.
             q = q.reshape(B, k.size(1), group, self.head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)  # (B, H_kv, group, D)
         else:
@@ -684,7 +683,7 @@ class Attention(nn.Module):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        """x (..., d) -> (..., d). For a single row, a CPU's time is the number of operations: 3, not 9."""
+        """x (..., d) -> (..., d). A single row on a CPU takes 3 operations instead of 9 (LOG.md)."""
         single = x.numel() == x.size(-1) and x.device.type == "cpu" and not torch.is_grad_enabled()
         if not single:
             return super().forward(x)
@@ -737,9 +736,10 @@ class ReFlow(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def encode(self, idx, cache=None, lengths=None, vocab=None):
-        """idx (B, T) -> normalised final residual stream (B, T, d). A cache wants the rows' `lengths`.
+        """idx (B, T) -> normalised final residual stream (B, T, d).
 
-        `vocab`: this model's, `built` for uses beside this one.
+        `lengths`: tokens of each row, for a cache (None: T each). `vocab`: this model's `vocab.built()`, if
+        the caller has it.
         """
         vocab = vocab or self.vocab.built()
         B, T = idx.shape
@@ -769,7 +769,7 @@ class ReFlow(nn.Module):
     def forward(self, idx, targets=None, grad_scale=1.0):
         """idx (B, T) -> (logits (B, T, V) fp32, None); with targets (B, T) -> (None, mean loss), no logits.
 
-        Targets of IGNORE count for nothing. `grad_scale`: see ChunkedCrossEntropy; matters in fp16 only.
+        Targets of IGNORE are left out. `grad_scale`: see ChunkedCrossEntropy; it matters only in fp16.
         """
         vocab = self.vocab.built()
         h = self.encode(idx, vocab=vocab)
@@ -785,9 +785,9 @@ class ReFlow(nn.Module):
         """Continue B prompts (lists of token ids, lengths may differ) together; yield a list of B ids a step.
 
         A row that has produced `stop` yields None from then on; the stream ends when all have. `how` goes to
-        `sample_token`. A context that outgrows block_size goes on with its last half, which is encoded anew:
-        the window is a function of the length alone, so that cached and uncached, batched and single
-        generation agree.
+        `sample_token`. When a context outgrows block_size, its last half is encoded anew and generation goes
+        on from there. The window depends only on the length, so cached and uncached, batched and single
+        generation give the same tokens.
         """
         if not all(map(len, prompts)):
             raise ValueError("a prompt needs at least one token")
@@ -827,7 +827,7 @@ class ReFlow(nn.Module):
         return torch.get_autocast_dtype(device) if on else self.norm.weight.dtype
 
     def generate(self, prompts, max_new_tokens, **how):
-        """Like `stream`, all at once: a list of B lists of new ids; `stop` itself is left out."""
+        """Like `stream`, but returns everything: a list of B lists of new ids, without `stop`."""
         out = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, **how):
             for row, token in zip(out, tokens, strict=True):
@@ -853,7 +853,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     p = logits.softmax(-1)
     if nucleus:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the mass before already suffices; the first is kept
-    # Not torch.multinomial, which draws a random number for every entry: tens of milliseconds on a CPU.
+    # Not torch.multinomial: it draws a random number for every entry, tens of milliseconds on a CPU.
     mass = p.cumsum(-1)  # (B, k)
     u = torch.rand(len(p), 1, device=p.device, generator=generator) * mass[:, -1:]
     drawn = torch.searchsorted(mass, u, right=True).clamp(max=p.size(-1) - 1)  # (B, 1)

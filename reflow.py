@@ -2,7 +2,7 @@
 Look into a trained model: what each signal adds to a prediction, what a signal or a token is made of.
 
     python reflow.py why "The capital of France is" --target=Paris --foil=London
-    python reflow.py signal 189
+    python reflow.py signal 17
     python reflow.py token king
     python reflow.py neighbors queen --run=out/reflow-nano
 
@@ -14,9 +14,9 @@ In Python or a notebook:
     m.generate("The people of", steer={" God": 0.1}, layers=range(0, 3))
     m.cache("The capital of France is")["blocks.2.resid_post"]
 
-Contributions of signals are exact: they sum to the logit difference. A random rotation of the signals is the
-same model, so attributions and neighbours have a control beside them. A table is a look at one example, not a
-claim; claims are in experiments/.
+Contributions of signals are exact: they sum to the logit difference. The signals can be rotated or skewed
+without changing the model, so attributions are shown beside those of random rotations, and neighbours beside
+those in a random skewed gauge. A table is a look at one example, not a claim; claims are in experiments/.
 """
 
 import re
@@ -46,7 +46,7 @@ LOOK = "a look, not a claim"
 
 
 class Card:
-    """A table with a title and notes: text in a terminal, HTML in a notebook, a DataFrame with pandas."""
+    """A table with a title and notes: text in a terminal, HTML in a notebook, `to_pandas()` a DataFrame."""
 
     def __init__(self, title, columns, rows, notes=()):
         self.title = title
@@ -112,7 +112,7 @@ class Attribution:
         self.prediction = pred
 
     def rotated(self, k):
-        """Sizes of the k largest contributions in each of N_ROTATIONS random rotations, (n, k)."""
+        """Sizes of the k largest contributions in each of N_ROTATIONS random rotations, (N_ROTATIONS, k)."""
         sizes = []
         for seed in range(N_ROTATIONS):
             generator = torch.Generator().manual_seed(seed)
@@ -178,7 +178,7 @@ def signal_or_word(text):
 
 
 def direction(net, name, tokenizer):
-    """The direction (d,) that steers a model: a signal by number, or the embedding of a one-token word."""
+    """The direction (d,) to steer with: of a signal, by number, or the embedding of a word of one token."""
     if isinstance(name, str):
         token = tokenizer.token_id(name, net.config.n_tokens)
         return net.vocab.embed(torch.tensor([token], device=net.norm.weight.device))[0].detach()
@@ -191,7 +191,7 @@ def direction(net, name, tokenizer):
 
 
 class Model:
-    """A trained model with its words. `net` and `words` are loaded unless given."""
+    """A trained model, its tokenizer and token counts. `net` and `words` are loaded unless given."""
 
     def __init__(self, ckpt, device="auto", net=None, words=None):
         self.checkpoint = ckpt
@@ -212,7 +212,7 @@ class Model:
             f"{self.dictionary.n_signals} {self.unit}s{kind}"
         )
 
-    # -- reading what was asked for ----------------------------------------------------------------
+    # -- checking arguments ------------------------------------------------------------------------
 
     def encode(self, prompt):
         """A prompt as ids (1, T). Raises UserError."""
@@ -239,7 +239,7 @@ class Model:
 
     @property
     def least_shown(self):
-        """Sightings in training of the rarest token that tables list."""
+        """How often training has seen the rarest token that tables list."""
         return int(self.words.counts[self.shown].min()) if len(self.shown) else 0
 
     def is_rare(self, token):
@@ -269,7 +269,7 @@ class Model:
         return [list(pair) for pair in zip(texts, best.values.tolist(), strict=True)]
 
     def card(self, title, columns, rows, notes):
-        """A Card; that of a plain GPT says what its rows are."""
+        """A Card; for a plain GPT, a note says that its rows are coordinates."""
         if self.is_dense:
             notes = [*notes, "A plain GPT has no signals: these are the coordinates of its embedding E."]
         return Card(title, columns, rows, notes)
@@ -277,7 +277,7 @@ class Model:
     # -- cards -------------------------------------------------------------------------------------
 
     def attribute(self, prompt, target=None, foil=None):
-        """The Attribution of target (None: the likeliest token) over foil (None: the likeliest other)."""
+        """The Attribution of logit[target] - logit[foil]; None: the likeliest token, the likeliest other."""
         pred = attribution.predict(self.net, self.encode(prompt))
         if target is not None:
             pred.target[0] = self.token_id(target)
@@ -309,7 +309,7 @@ class Model:
         return self.card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "low code"], rows, notes)
 
     def token(self, word, k=8):
-        """A Card of a token's recipe: its k largest codes by size, with the words of these signals."""
+        """A Card of a token's recipe: its k largest codes by size, with the tokens of these signals."""
         token = self.token_id(word)
         recipe = self.dictionary.codes[token]  # (S,)
         rows = []
@@ -327,7 +327,7 @@ class Model:
         return self.card(f"{self.name(token)}, token {token}: recipe", columns, rows, notes)
 
     def nearest(self, codes, token, k):
-        """[(text, cosine)] of the frequent tokens with rows of codes (V, n) like that of `token`, centred."""
+        """[(text, cosine)] of the k listed tokens with centred rows of codes (V, n) nearest to its own."""
         frequent = torch.from_numpy(self.words.known_tokens()[:N_FREQUENT]).to(self.device)
         mean = codes[frequent].mean(0)
         shown = torch.from_numpy(self.shown).to(self.device)
@@ -362,7 +362,7 @@ class Model:
     def generate(
         self, prompt, steer=None, layers=range(0, 3), max_new_tokens=50, temperature=0.8, top_k=200, seed=0
     ):
-        """The prompt and its continuation. `steer` {word or signal number: strength}, see hooks.steer."""
+        """The prompt and its continuation. `steer`: {word or signal number: strength}, see hooks.steer."""
         if layers and not 0 <= min(layers) <= max(layers) <= self.net.config.n_layer:
             raise UserError(f"layers go from 0 to {self.net.config.n_layer}, the final norm")
         prompts = self.encode(prompt).tolist()

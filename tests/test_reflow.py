@@ -239,7 +239,7 @@ def test_the_command_line_from_a_shell():
     script = [sys.executable, str(reflow.checkpoint.RELEASES.parent / "reflow.py")]
     done = subprocess.run([*script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "python reflow.py signal 189" in done.stdout and "--target" in done.stdout
+    assert "python reflow.py signal 17" in done.stdout and "--target" in done.stdout
 
 
 def test_a_report_shows_itself_in_a_notebook_and_leaves_the_backend_alone(runs):
