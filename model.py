@@ -10,7 +10,7 @@ every logit is exactly a sum over signals: logit[v] = sum_s A[s] * W_recipe[v, s
 The backbone is a standard one: pre-norm RMSNorm (Zhang & Sennrich, 2019), rotary positions on adjacent pairs
 (Su et al., 2021), SwiGLU (Shazeer, 2020), grouped-query attention (Ainslie et al., 2023), no biases.
 
-Modules are plain and take PyTorch's forward hooks. Their names are stable; on the right TransformerLens' names:
+Modules take PyTorch's forward hooks. Their names are stable; TransformerLens' names are on the right:
 
     vocab                              hook_embed (vocab.embed), unembed (vocab.logits)
     blocks.{i}                         blocks.{i}.hook_resid_post
