@@ -3,7 +3,7 @@
 # make test      install, run the tests
 # make lint      check style
 # make studies   train and compare 27 small runs
-# make facts     train and compare vocabularies whose signals could be determined; hours
+# make facts     train and compare vocabularies whose signals could be identifiable; hours
 # make audit     what the experiments' claims find and what they refuse
 # make bench     speed and memory
 # make paper     figures and paper/paper.pdf from the committed results
