@@ -265,9 +265,8 @@ def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
         codes = least_squares(rows, atoms, index, n_kept)
         atoms = best_atoms(rows, codes, weights)
         missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
-        if (
-            i < 3 * rounds // 4
-        ):  # the weakest atom, or all that no row takes, become rows that are coded badly
+        if i < 3 * rounds // 4:
+            # The weakest atom, or all that no row takes, become rows that are coded badly.
             energy = (codes**2 * weights[:, None]).sum(0) * (atoms**2).sum(1)  # (S,)
             weak = energy <= energy.min()
             atoms[weak] = rows[missed.topk(int(weak.sum())).indices]

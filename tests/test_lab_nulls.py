@@ -128,9 +128,10 @@ def test_frequencies_keep_what_counts_tell_of_rows_and_nothing_else(lab):
     assert all(map(torch.equal, found.blocks.parameters(), lab.noise.net.blocks.parameters()))
 
 
-def test_a_run_cut_short_warms_up_for_the_same_share_of_its_steps(lab):
+def test_a_run_cut_short_warms_up_for_the_same_share_of_its_steps_under_its_own_optimiser(lab):
     state = lab.checkpoint.state
-    train = state["config"]["train"] | {"max_steps": 1000, "warmup_steps": 100}
+    train = state["config"]["train"] | {"max_steps": 1000, "warmup_steps": 100, "optimizer": "muon"}
     long = replace(lab.checkpoint, state=state | {"step": 1000, "config": state["config"] | {"train": train}})
     settings = nulls.settings_of(long, 250)
     assert settings["max_steps"] == 250 and settings["warmup_steps"] == 25 and settings["lr"] == 1e-2
+    assert settings["optimizer"] == "muon"

@@ -50,6 +50,7 @@ VAL_WINDOWS = 16  # of shuffled text, for the loss
 KEPT = (
     "batch_size",
     "micro_batch_size",
+    "optimizer",
     "lr",
     "min_lr",
     "weight_decay",
