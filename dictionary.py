@@ -244,6 +244,17 @@ def least_squares(rows, atoms, index, n_kept, chunk=256):
     return codes
 
 
+def encode(rows, atoms, n_nonzero, weights):
+    """Codes (V, S) of rows (V, d) in atoms (S, d) of length 1, with n_nonzero entries a row on average.
+
+    A row gets entries by how much they lower the error that `weights` (V,) weigh, at most twice as many.
+    """
+    depth = min(2 * n_nonzero, *atoms.shape)
+    index, gain = pursue(rows, atoms, depth)
+    total, least = min(n_nonzero, depth) * len(rows), max(1, n_nonzero // 8)
+    return least_squares(rows, atoms, index, share_out(gain * weights[:, None], total, least))
+
+
 def best_atoms(rows, codes, weights):
     """Atoms (S, d), not of length 1: weighted least squares for given codes (MOD; Engan et al., 1999)."""
     weighted = codes * weights[:, None]  # (V, S)
@@ -254,15 +265,10 @@ def best_atoms(rows, codes, weights):
 
 def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
     """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms."""
-    depth = min(2 * n_nonzero, n_atoms, rows.size(1))  # at most
-    total = min(n_nonzero, depth) * len(rows)
-    least = max(1, n_nonzero // 8)
     drawn = torch.multinomial(weights, n_atoms, generator=generator)
     atoms = torch.nn.functional.normalize(rows[drawn], dim=1)
     for i in range(rounds):
-        index, gain = pursue(rows, atoms, depth)
-        n_kept = share_out(gain * weights[:, None], total, least)
-        codes = least_squares(rows, atoms, index, n_kept)
+        codes = encode(rows, atoms, n_nonzero, weights)
         atoms = best_atoms(rows, codes, weights)
         missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
         if i < 3 * rounds // 4:
@@ -276,27 +282,34 @@ def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
 
 
 @one_thread()
-def sparse(E, n_atoms, n_nonzero, weights=None, seed=0, starts=3, rounds=20):
+def sparse(E, n_atoms, n_nonzero, weights=None, seed=0, starts=3, rounds=20, most=None):
     """Sparse codes of the rows of E (V, d) in n_atoms atoms, n_nonzero to a row on average.
 
     Orthogonal matching pursuit and least-squares atoms in turn, from several random starts; the one with the
     least error is returned. The budget is one of the whole matrix: a row gets entries by how much they lower
-    the error that `weights` (V,) weigh, for example by how often a token was seen. codes @ atoms is close to
-    E, not equal. `fit` of the result: the weighted share of E's energy that is missed, and the mean |cosine|
-    of its atoms with their partners from the other starts. Raises UserError if there are too few rows.
+    the error that `weights` (V,) weigh, for example by how often a token was seen. `most`: atoms are fitted
+    to so many rows, those of the largest weights. codes @ atoms is close to E, not equal. `fit` of the
+    result: the weighted share of E's energy that is missed, and the mean |cosine| of its atoms with their
+    partners from the other starts. Raises UserError if there are too few rows.
     """
     rows = E.cpu().float()
     weights = torch.ones(len(rows)) if weights is None else weights.cpu().float()
-    if (weights > 0).sum() < n_atoms:
-        raise UserError(f"{n_atoms} atoms need as many rows with a weight, E has {int((weights > 0).sum())}")
+    n_rows = min(int((weights > 0).sum()), most or len(rows))
+    if n_rows < n_atoms:
+        raise UserError(f"{n_atoms} atoms need as many rows with a weight, E has {n_rows}")
+    some = weights.topk(min(most or len(rows), len(rows))).indices.sort().values
     found = []
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed * 1000 + start)
-        found.append(learn(rows, n_atoms, n_nonzero, weights, rounds, generator))
-    codes, atoms, missed = best = min(found, key=lambda part: part[2])
+        found.append(learn(rows[some], n_atoms, n_nonzero, weights[some], rounds, generator))
+    codes, atoms, _ = best = min(found, key=lambda part: part[2])
+    if len(some) < len(rows):
+        atoms = torch.nn.functional.normalize(atoms, dim=1)
+        codes = encode(rows, atoms, n_nonzero, weights)
+    missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
     fit = {
         "starts": starts,
-        "missed": missed / float(((rows**2).sum(1) * weights).sum()),
+        "missed": float(missed.sum() / ((rows**2).sum(1) * weights).sum()),
         "nonzeros a row": float((codes != 0).sum() / len(codes)),
     }
     others = [partners(atoms, part[1]).mean() for part in found if part is not best]

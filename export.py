@@ -41,6 +41,7 @@ from formats.gguf import BUNDLED, bundled, is_ours, read_gguf, write_gguf, write
 from formats.llama import Imported, fitted, read_llama, write_llama
 from formats.reference import read_reference
 from formats.release import write_release
+from model import SparseVocab
 
 TRIED = 256  # tokens of context, at most, in which readings of a reference checkpoint are compared
 MEASURED = 1024  # the same for the loss of an import: memory grows with its square
@@ -199,20 +200,13 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     seen[: c.n_tokens] = torch.from_numpy(counts) + 1.0
     mean = (seen @ E) / seen.sum()
     rest = E - mean
-    axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, -n_core:].T  # (n_core, d)
+    axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, c.n_embd - n_core :].T
     core = rest @ axes.T  # (V, n_core)
     found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed, starts=1)
-    taken = found.codes != 0
-    unspent = n_nonzero * c.rows - int(taken.sum())  # rows that are coded exactly need no more
-    taken.view(-1)[(~taken).flatten().nonzero().flatten()[:unspent]] = True
+    basis = torch.cat([found.atoms.double(), axes, mean[None]])
+    vocab = SparseVocab.tensors(found.codes, core, basis, n_nonzero)
     weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
-    weights |= {
-        "vocab.value": found.codes[taken],
-        "vocab.column": taken.nonzero()[:, 1].int(),
-        "vocab.count": taken.sum(1).int(),
-        "vocab.core": core,
-        "vocab.basis": torch.cat([found.atoms.double(), axes, mean[None]]),
-    }
+    weights |= {f"vocab.{name}": tensor for name, tensor in vocab.items()}
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
     return checkpoint.build_model(config, weights)
 

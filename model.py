@@ -79,8 +79,8 @@ class ModelConfig:
             raise ValueError(f"top_k={self.top_k} must be between 1 and n_signal={self.signals}")
         if self.vocab == "sparse" and not 1 <= self.n_nonzero <= self.signals:
             raise ValueError(f"n_nonzero={self.n_nonzero} must be between 1 and n_signal={self.signals}")
-        if self.vocab == "sparse" and not 1 <= self.n_core <= self.n_embd:
-            raise ValueError(f"n_core={self.n_core} must be between 1 and n_embd={self.n_embd}")
+        if self.vocab == "sparse" and not 0 <= self.n_core <= self.n_embd:
+            raise ValueError(f"n_core={self.n_core} must be between 0 and n_embd={self.n_embd}")
         if self.reinject and self.vocab != "gains":
             raise ValueError(f"reinject=True is for vocab=gains, not for vocab={self.vocab}")
         if not 0 <= self.dropout < 1:
@@ -471,6 +471,18 @@ class SparseVocab(Vocab):
         self.register_buffer("count", torch.full((V,), config.n_nonzero, dtype=torch.int32))  # of each row
         self.known = None
 
+    @staticmethod
+    def tensors(codes, core, basis, n_nonzero):
+        """The state of a vocabulary with codes (V, S), at most n_nonzero of them a row on average.
+
+        core (V, n_core); basis (S + n_core + 1, d): signals, core, the row that all tokens share.
+        """
+        taken = codes != 0
+        unspent = n_nonzero * len(codes) - int(taken.sum())  # rows that are coded exactly need no more
+        taken.view(-1)[(~taken).flatten().nonzero().flatten()[:unspent]] = True
+        places = {"column": taken.nonzero()[:, 1].int(), "count": taken.sum(1).int()}
+        return places | {"value": codes[taken], "core": core, "basis": basis}
+
     def places(self):
         """The Places of the entries."""
         if self.known is None or self.known[:2] != (id(self.column), self.column._version):
@@ -494,7 +506,7 @@ class SparseVocab(Vocab):
     def recipes(self):
         places, S = self.places(), self.n_signal
         entries = self.core.new_zeros(len(self.core), S).index_put((places.row, places.column), self.value)
-        return torch.cat([entries, self.core, torch.ones_like(self.core[:, :1])], 1)
+        return torch.cat([entries, self.core, self.core.new_ones(len(self.core), 1)], 1)
 
     def matrix(self):
         signals, core, mean = self.basis.split([self.n_signal, self.core.size(1), 1])

@@ -21,7 +21,7 @@ FLOORS = (
     ("bench", "examples", "explore", "experiments.audit"),
     ("experiments.report",),
     ("explorer", "experiments.run_all"),
-    ("train", "sample", "export", "experiments"),
+    ("train", "sample", "export", "upcycle", "experiments"),
     ("experiments.studies.runs",),
     ("experiments.lab", "formats"),
     ("reflow",),

@@ -31,6 +31,7 @@ KINDS = {
     "factored": {"n_signal": 12},
     "topk": {"vocab": "topk", "n_signal": 12, "top_k": 5},
     "sparse": {"vocab": "sparse", "n_signal": 20, "n_nonzero": 3, "n_core": 2},
+    "coreless": {"vocab": "sparse", "n_signal": 20, "n_nonzero": 3, "n_core": 0},
     "gains": {"vocab": "gains", "n_signal": 12},
     "layered": {"vocab": "gains", "n_signal": 12, "reinject": True},
     "dense": {"vocab": "dense"},
@@ -49,7 +50,7 @@ def build(gain=1.0, **fields):
             if w.dim() == 1:
                 w.normal_(1, 0.2)
             else:
-                w.normal_(std=(gain if "blocks" in name else 1.0) * w.size(1) ** -0.5)
+                w.normal_(std=(gain if "blocks" in name else 1.0) * max(w.size(1), 1) ** -0.5)
     if model.config.vocab == "sparse":  # some rows have one entry more or less than others, one has none
         count = model.vocab.count
         count[:6] += torch.tensor([1, -1, 1, -1, 3, -3], dtype=count.dtype)
@@ -752,7 +753,7 @@ def test_flops_equal_a_count_of_the_forward_pass(kind):
         ({"vocab": "topk", "n_signal": 8, "top_k": 9}, "top_k=9 .* n_signal=8"),
         ({"vocab": "topk", "top_k": 0}, "top_k=0"),
         ({"vocab": "sparse", "n_signal": 8, "n_nonzero": 9}, "n_nonzero=9 .* n_signal=8"),
-        ({"vocab": "sparse", "n_nonzero": 4, "n_core": 0}, "n_core=0 .* n_embd=16"),
+        ({"vocab": "sparse", "n_nonzero": 4, "n_core": -1}, "n_core=-1 .* n_embd=16"),
         ({"reinject": True}, "reinject=True is for vocab=gains"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),

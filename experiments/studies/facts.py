@@ -215,9 +215,7 @@ def null_dictionary(d, counts, generator):
         torch.randn(d.n_signals, len(root), generator=generator) @ root.T, dim=1
     )
     n = round(float((d.codes != 0).sum()) / len(d.codes))
-    index, gain = dictionary.pursue(E, atoms, min(2 * n, E.size(1)))
-    kept = dictionary.share_out(gain * weights[:, None], n * len(E), 1)
-    return Dictionary("gaussian", dictionary.least_squares(E, atoms, index, kept), atoms)
+    return Dictionary("gaussian", dictionary.encode(E, atoms, n, weights), atoms)
 
 
 def recovered(d, counts, seed, starts):

@@ -1,0 +1,413 @@
+"""
+A trained model gets sparse recipes: its embedding becomes mean + recipes @ atoms, with few signals a token.
+
+    python upcycle.py --run=out/smollm2 --to=out/reflow-smol
+    python upcycle.py --run=out/smollm2 --to=out/reflow-smol-128 --n_nonzero=128
+    python upcycle.py --run=out/smollm2 --to=out/smollm2-exact --keep_rest     the same function as before
+
+The model stays as it is but for its vocabulary. A stop is no loss: the same command goes on.
+
+Method
+    1. The model reads `tokens` tokens of text. Its final states h give the metric in which an error of E
+       costs KL: M = d H / (2 tr H) + I / 2, where H is the mean of h h'. One half is for the output, one for
+       the input.
+    2. Sparse codes of the rows of (E - mean) M^(1/2) (dictionary.sparse), weighted by how often a token is
+       predicted: recipes, and atoms, which M^(-1/2) brings back.
+    3. Distillation of the output: entries, atoms and mean learn to give the next-token probabilities that the
+       model gives from its own final states. The places of the entries stay.
+    4. Distillation of the whole: the input has the new embedding, too. Blocks and norms stay.
+
+    After each it measures on held-out text: bits per byte, and KL to the model as it was, nats per token.
+    --keep_rest leaves 3 and 4 out and keeps what the recipes miss as a dense core, which is no signal: the
+    function is that of the model, but for rounding.
+
+Cost
+    SmolLM2-135M with 64 of 2,304 signals: to be measured.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import threads
+import torch
+from safetensors.torch import save as save_tensors
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import dictionary
+import files
+from configurator import UserError
+from data.datasets import find_dataset, text_folder
+from data.shards import Dataset
+from data.tokenizer import kept
+from hardware import keep_freed_memory, pick_device, pick_dtype
+from model import FixedVocab, SparseVocab
+
+
+@dataclass
+class UpcycleConfig:
+    run: str | None = None  # a dense run's folder or one of its step_... folders
+    to: str | None = None  # the folder of the new run
+    n_signal: int | None = None  # signals, S; None: 4 n_embd
+    n_nonzero: int = 64  # signals of a recipe, on average over all rows
+    keep_rest: bool = False  # the same function: what the recipes miss stays as a dense core
+    dataset: str | None = (
+        None  # text to distil on, its training split; None: the run's, else the embedded corpus
+    )
+    test: str | None = None  # text to measure on, its validation split; None: that of --dataset
+    block_size: int = 256  # tokens of a window, at most the run's
+    tokens: int = 262_144  # of text that the model reads
+    starts: int = 2  # random starts of the dictionary
+    rounds: int = 20  # of the dictionary
+    output_steps: int = 300  # of distillation of the output, 1,024 tokens each
+    whole_steps: int = 200  # of distillation of the whole, 1,024 tokens each
+    lr: float = 1e-2  # times the root mean square of what is trained, falling to zero in each distillation
+    test_windows: int = 32  # that measurements are made on
+    seed: int = 0
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of products in distillation
+
+    def __post_init__(self):
+        if self.to is None:
+            raise ValueError("--to is missing: name the folder of the new run, for example --to=out/upcycled")
+        counts = ("n_nonzero", "block_size", "starts", "rounds", "test_windows")
+        rules = [f"{name} >= 1" for name in counts]
+        rules += [f"{name} >= 0" for name in ("output_steps", "whole_steps")]
+        configurator.check(self, *rules, "tokens >= block_size", "0 < lr < 1", configurator.SEED)
+
+
+STEP = 1024  # tokens of a step of distillation
+PART = 256  # tokens whose logits are held at a time
+SAVED = 50  # steps of distillation between two savings
+SAMPLE = 16_384  # rows, at most, that atoms are fitted to
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the model says of text
+
+
+@torch.no_grad()
+def read(net, windows, autocast):
+    """Normalised final states of windows of ids (n, T), (n, T, d) in bf16."""
+    found = []
+    for part in tqdm(windows.split(8), "reading", disable=None):
+        with autocast():
+            found.append(net.encode(part.to(net.norm.weight.device)).to(torch.bfloat16).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def statistics(states, E):
+    """(H (d, d), the mean of h h'; p (V,), how often each token is predicted) from states (n, T, d)."""
+    h = states.flatten(0, 1).float()
+    H = h.T @ h / len(h)
+    p = torch.zeros(len(E))
+    some = h[:: max(1, len(h) // 16_384)]
+    for part in some.split(PART):
+        p += (part @ E.T).softmax(-1).sum(0)
+    return H, p / len(some)
+
+
+def root(M):
+    """(M^(1/2), M^(-1/2)) of a symmetric positive matrix."""
+    values, vectors = torch.linalg.eigh(M.double())
+    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+def sparse_codes(E, H, p, c):
+    """(mean (d,), codes (V, S), atoms (S, d)) with codes @ atoms close to E - mean in the metric of KL."""
+    d = E.size(1)
+    E = E.double()
+    mean = p.double() @ E / p.double().sum()
+    M = d * H.double() / (2 * H.diagonal().double().sum()) + torch.eye(d, dtype=torch.float64) / 2
+    there, back = root(M)
+    rows = ((E - mean) @ there).float()
+    weights = (p + p.mean() / 100).sqrt()  # a token that is never predicted is one, too
+    found = dictionary.sparse(
+        rows, c.n_signal or 4 * d, c.n_nonzero, weights, c.seed, c.starts, c.rounds, most=SAMPLE
+    )
+    print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
+    return mean.float(), found.codes, (found.atoms.double() @ back).float()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Distillation
+
+
+def divergence(h, E, target, teacher_E):
+    """Mean KL(p || q), nats: q of the states h (n, d) and E (V, d), p of `target` (n, d) and `teacher_E`.
+
+    Returns it and its gradients with respect to h and E. The logits of PART states are held at a time.
+    """
+    total = 0.0
+    grad_E = torch.zeros(E.shape, device=E.device)
+    grad_h = torch.empty_like(h)
+    for part in range(0, len(h), PART):
+        chosen = slice(part, part + PART)
+        log_p = (target[chosen] @ teacher_E.T).float().log_softmax(-1)  # (n, V)
+        log_q = (h[chosen] @ E.T).float().log_softmax(-1)
+        p = log_p.exp()
+        total += float((p * (log_p - log_q)).sum()) / len(h)
+        gradient = ((log_q.exp() - p) / len(h)).to(E.dtype)
+        grad_h[chosen] = gradient @ E
+        grad_E += (gradient.T @ h[chosen]).float()
+    return total, grad_h, grad_E
+
+
+class Distillation:
+    """The training of a sparse vocabulary to predict as the dense one did, from the same text."""
+
+    def __init__(self, net, teacher_E, windows, states, c, dtype):
+        self.net, self.windows, self.states, self.c = net, windows, states, c
+        self.dtype, self.device = dtype, teacher_E.device
+        self.teacher_E = teacher_E.to(dtype)
+        self.trained = {name: p for name, p in net.vocab.named_parameters() if p.numel()}
+        net.blocks.requires_grad_(False)
+        net.norm.requires_grad_(False)
+
+    def order(self, n_steps, whole):
+        """Which windows each step reads, (n_steps, windows of a step)."""
+        generator = torch.Generator().manual_seed(self.c.seed * 2 + whole)
+        each = max(1, STEP // self.windows.size(1))
+        times = math.ceil(n_steps * each / len(self.windows))
+        found = [torch.randperm(len(self.windows), generator=generator) for _ in range(times)]
+        return torch.cat(found)[: n_steps * each].view(n_steps, each)
+
+    def loss(self, chosen, whole):
+        """Mean KL over the windows `chosen`, and its gradient in every trained parameter."""
+        target = self.states[chosen].flatten(0, 1).to(self.device, self.dtype)  # (n, d)
+        vocab = self.net.vocab.built()
+        n = len(self.teacher_E)
+        h = target
+        if whole:
+            with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                h = self.net.encode(self.windows[chosen].to(self.device), vocab=vocab).flatten(0, 1)
+        E = vocab.weight[:n]
+        kl, grad_h, grad_E = divergence(
+            h.detach().to(self.dtype), E.detach().to(self.dtype), target, self.teacher_E
+        )
+        outputs = [(E, grad_E)] + ([(h, grad_h.to(h.dtype))] if whole else [])
+        torch.autograd.backward(*map(list, zip(*outputs, strict=True)))
+        return kl
+
+    def run(self, n_steps, whole, path):
+        """Train for n_steps, from where the file `path` says that an earlier run stopped."""
+        adam = torch.optim.Adam(
+            [{"params": [p]} for p in self.trained.values()], betas=(0.9, 0.99), eps=1e-12
+        )
+        rates = [self.c.lr * p.detach().square().mean().sqrt().item() for p in self.trained.values()]
+        first = 0
+        if path.exists():
+            first, rates = self.restore(path, adam)
+        order = self.order(n_steps, whole)
+        what = "distilling the whole" if whole else "distilling the output"
+        bar = tqdm(range(first, n_steps), what, n_steps, initial=first, disable=None)
+        for step in bar:
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / n_steps)) / 2
+            bar.set_postfix_str(f"KL {self.loss(order[step], whole):.4f}")
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            if (step + 1) % SAVED == 0 or step + 1 == n_steps:
+                self.save(path, adam, step + 1, rates)
+
+    def save(self, path, adam, step, rates):
+        """Write all that `restore` needs to the file `path`."""
+        tensors = {"step": torch.tensor(step), "rates": torch.tensor(rates, dtype=torch.float64)}
+        for name, p in self.trained.items():
+            tensors |= {name: p.detach()} | {f"{name} {key}": adam.state[p][key] for key in MOMENTS}
+        files.replace_file(path, save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}))
+
+    def restore(self, path, adam):
+        """Go on from the file `path`; returns (steps done, learning rates at the start)."""
+        tensors = checkpoint.load_tensors(path)
+        for name, p in self.trained.items():
+            p.data.copy_(tensors[name])
+            adam.state[p] = {key: tensors[f"{name} {key}"].to(p.device) for key in MOMENTS}
+        return int(tensors["step"]), tensors["rates"].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------
+# What it costs
+
+
+@torch.no_grad()
+def measure(net, E_new, windows, autocast):
+    """{quantity: nats per token} of the dense model with E_new (V, d) in place of its own.
+
+    KL to the model as it is, with the new one at both ends and at one of them. windows (n, T + 1): ids.
+    """
+    n, E = net.config.n_tokens, net.vocab.matrix()
+    total = dict.fromkeys(("loss", "KL", "KL, input alone", "KL, output alone"), 0.0)
+    for ids in windows.to(E.device):
+        with autocast():
+            h = net.encode(ids[None, :-1])[0].float()  # (T, d)
+            h_new = net.encode(ids[None, :-1], vocab=FixedVocab(E_new))[0].float()
+        for part in torch.arange(len(h), device=h.device).split(PART):
+            log_p = (h[part] @ E[:n].T).log_softmax(-1)
+            p = log_p.exp()
+            for name, state, head in (
+                ("KL", h_new, E_new),
+                ("KL, input alone", h_new, E),
+                ("KL, output alone", h, E_new),
+            ):
+                log_q = (state[part] @ head[:n].T).log_softmax(-1)
+                total[name] += (p * (log_p - log_q)).double().sum().item()
+                if name == "KL":
+                    total["loss"] -= log_q.gather(1, ids[1:][part, None]).double().sum().item()
+    return {name: value / (len(windows) * (windows.size(1) - 1)) for name, value in total.items()}
+
+
+@torch.no_grad()
+def readable_share(net, E_read, windows, autocast):
+    """Share of the variance of logits, over tokens, in each context, that E_read (V, d) explains alone."""
+    n, E = net.config.n_tokens, net.vocab.matrix()
+    missed = whole = 0.0
+    for ids in windows.to(E.device).split(1):
+        with autocast():
+            h = net.encode(ids[:, :-1])[0].float()
+        for part in h.split(PART):
+            logits = part @ E[:n].T
+            rest = logits - part @ E_read[:n].T
+            missed += float(rest.var(1).sum())
+            whole += float(logits.var(1).sum())
+    return 1 - missed / whole
+
+
+# ----------------------------------------------------------------------------------------------------
+# The whole
+
+
+class Work:
+    """The folder of what has been done, so that a stop loses little; gone when all is done."""
+
+    def __init__(self, to, settings):
+        self.folder = to.with_name(f".{to.name}.work")
+        note = self.folder / "settings.json"
+        if self.folder.exists() and (not note.exists() or json.loads(note.read_text("utf-8")) != settings):
+            print(f"{self.folder} is of other settings: it starts anew")
+            shutil.rmtree(self.folder)
+        files.check_writable(self.folder)
+        files.replace_file(note, json.dumps(settings).encode())
+
+    def once(self, name, make):
+        """The tensors that make() returns, kept as a file: made once."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            files.replace_file(path, save_tensors({key: t.contiguous() for key, t in make().items()}))
+        return checkpoint.load_tensors(path)
+
+
+def texts(c, ckpt, tokenizer, block_size):
+    """(training split, validation split) that --dataset and --test name."""
+    folder = find_dataset(c.dataset, tokenizer) if c.dataset else text_folder(ckpt.path, ckpt.state)
+    held = find_dataset(c.test, tokenizer) if c.test else folder
+    found = Dataset(folder, "train", block_size), Dataset(held, "val", block_size)
+    for dataset in found:
+        dataset.check_tokenizer(tokenizer, ckpt.path)
+    return found
+
+
+def upcycle(c, ckpt, to):
+    """Write the run `to`: that of a Checkpoint with a sparse vocabulary."""
+    device = pick_device(c.device)
+    dtype = pick_dtype(device, c.dtype)
+    net = ckpt.load_model(device, verified=True)
+    config = net.config
+    if config.vocab != "dense":
+        raise UserError(f"--run={c.run} has the vocabulary {config.vocab}: only a dense one can be upcycled")
+    signals, n_core = c.n_signal or 4 * config.n_embd, config.n_embd if c.keep_rest else 0
+    try:
+        wanted = replace(config, vocab="sparse", n_signal=signals, n_nonzero=c.n_nonzero, n_core=n_core)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    tokenizer = kept(ckpt.path, ckpt.state)
+    train, test = texts(c, ckpt, tokenizer, min(c.block_size, config.block_size))
+
+    def autocast():
+        return torch.autocast(device.type, dtype, dtype != torch.float32)
+
+    made_from = {"weights": files.file_sha256(ckpt.weights), "text": train.data_sha256}
+    work = Work(to, asdict(c) | {"to": "", "device": "", "dtype": str(dtype)} | made_from)
+    E = net.vocab.matrix().detach().float()  # (V, d)
+    n = config.n_tokens
+    windows = train.batch(0, max(1, min(c.tokens // train.block_size, train.n_windows)), c.seed)[0]
+    states = work.once("states", lambda: {"states": read(net, windows, autocast)})["states"]
+
+    def dictionary_of_E():
+        H, p = statistics(states, E[:n].cpu())
+        mean, codes, atoms = sparse_codes(E[:n].cpu(), H, p, c)
+        padding = codes.new_zeros(len(E) - n, codes.size(1))
+        return {"mean": mean, "codes": torch.cat([codes, padding]), "atoms": atoms}
+
+    found = work.once("dictionary", dictionary_of_E)
+    core = torch.zeros(len(E), 0)
+    basis = torch.cat([found["atoms"], found["mean"][None]])
+    if c.keep_rest:
+        core = E.cpu() - found["mean"] - found["codes"] @ found["atoms"]
+        basis = torch.cat([found["atoms"], torch.eye(config.n_embd), found["mean"][None]])
+    vocab = SparseVocab.tensors(found["codes"], core, basis, c.n_nonzero)
+    weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
+    weights |= {f"vocab.{name}": tensor for name, tensor in vocab.items()}
+    student = checkpoint.build_model(wanted, weights).to(device)
+
+    x, y = test.windows(0, min(c.test_windows, test.n_windows))
+    held = torch.cat([x, y[:, -1:]], 1)
+    bits = test.tokens / test.bytes / math.log(2)
+    rows = {}
+
+    def note(name):
+        found = measure(net, student.vocab.matrix().detach(), held, autocast)
+        rows[name] = found | {"bits per byte": found["loss"] * bits}
+        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in rows[name].items())}")
+
+    if c.keep_rest:
+        signals_alone = (found["codes"] @ found["atoms"] + found["mean"]).to(device)
+        share = readable_share(net, signals_alone, held, autocast)
+        print(f"mean and signals explain {share:.1%} of the variance of logits; the core has the rest")
+        rows["explained"] = share
+        note("with the rest")
+    else:
+        note("sparse")
+        training = Distillation(student, E[:n], windows, states, c, dtype)
+        for whole, n_steps in ((False, c.output_steps), (True, c.whole_steps)):
+            if n_steps:
+                name = "whole" if whole else "output"
+                training.run(n_steps, whole, work.folder / f"{name}.safetensors")
+                note(f"{name} distilled")
+    last = rows[list(rows)[-1]]
+    losses = {"val_loss": last["loss"], "best_val_loss": last["loss"], "whole_val_loss": None}
+    state = (
+        ckpt.state
+        | losses
+        | {
+            "config": ckpt.state["config"] | {"model": asdict(student.config)},
+            "bits_per_byte": last["bits per byte"],
+            "upcycled": {"from": made_from, "settings": asdict(c), "measured": rows},
+            "token": None,
+        }
+    )
+    weights = {name: weight.cpu().contiguous() for name, weight in student.state_dict().items()}
+    checkpoint.save(to, ckpt.step, weights, {}, state | tokenizer.entry, 1, True, tokenizer.files)
+    shutil.rmtree(work.folder)
+
+
+def main():
+    (c,) = configurator.parse(UpcycleConfig)
+    to = Path(c.to).expanduser()
+    if to.exists():
+        raise UserError(f"--to={to} is there already: give another folder")
+    keep_freed_memory()
+    with files.lock(to):
+        upcycle(c, checkpoint.open_run(c.run), to)
+    print(f"wrote {to}")
+
+
+if __name__ == "__main__":
+    configurator.run(main)
