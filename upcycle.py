@@ -56,10 +56,8 @@ class UpcycleConfig:
     n_signal: int | None = None  # signals, S; None: 4 n_embd
     n_nonzero: int = 64  # signals of a recipe, on average over all rows
     keep_rest: bool = False  # the same function: what the recipes miss stays as a dense core
-    dataset: str | None = (
-        None  # text to distil on, its training split; None: the run's, else the embedded corpus
-    )
-    test: str | None = None  # text to measure on, its validation split; None: that of --dataset
+    dataset: str | None = None  # text that it learns from; None: the run's, else the embedded corpus
+    test: str | None = None  # text that it is measured on, its validation split; None: that of --dataset
     block_size: int = 256  # tokens of a window, at most the run's
     tokens: int = 262_144  # of text that the model reads
     starts: int = 2  # random starts of the dictionary
@@ -121,19 +119,30 @@ def root(M):
 
 
 def sparse_codes(E, H, p, c):
-    """(mean (d,), codes (V, S), atoms (S, d)) with codes @ atoms close to E - mean in the metric of KL."""
+    """{"mean": (d,), "codes": (V, S), "atoms": (S, d)}, codes @ atoms close to E - mean as KL sees it."""
     d = E.size(1)
     E = E.double()
     mean = p.double() @ E / p.double().sum()
     M = d * H.double() / (2 * H.diagonal().double().sum()) + torch.eye(d, dtype=torch.float64) / 2
     there, back = root(M)
-    rows = ((E - mean) @ there).float()
     weights = (p + p.mean() / 100).sqrt()  # a token that is never predicted is one, too
-    found = dictionary.sparse(
-        rows, c.n_signal or 4 * d, c.n_nonzero, weights, c.seed, c.starts, c.rounds, most=SAMPLE
-    )
+    how = (c.n_signal or 4 * d, c.n_nonzero, weights, c.seed, c.starts, c.rounds, SAMPLE)
+    found = dictionary.sparse(((E - mean) @ there).float(), *how)
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
-    return mean.float(), found.codes, (found.atoms.double() @ back).float()
+    return {"mean": mean.float(), "codes": found.codes, "atoms": (found.atoms.double() @ back).float()}
+
+
+def with_recipes(net, config, found):
+    """The ReFlow `net` with the vocabulary that sparse_codes has found; a core, if any, keeps the rest."""
+    E = net.vocab.matrix().detach().float().cpu()  # (V, d)
+    atoms, mean = found["atoms"], found["mean"]
+    codes = torch.zeros(len(E), len(atoms))  # of padding rows: none
+    codes[: len(found["codes"])] = found["codes"]
+    core = E - mean - codes @ atoms if config.n_core else E.new_zeros(len(E), 0)
+    basis = torch.cat([atoms, torch.eye(config.n_embd)[: config.n_core], mean[None]])
+    weights = {name: weight.cpu() for name, weight in net.state_dict().items() if name != "vocab.weight"}
+    vocab = SparseVocab.tensors(codes, core, basis, config.n_nonzero)
+    return checkpoint.build_model(config, weights | {f"vocab.{name}": t for name, t in vocab.items()})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -265,16 +274,16 @@ def measure(net, E_new, windows, autocast):
 
 
 @torch.no_grad()
-def readable_share(net, E_read, windows, autocast):
-    """Share of the variance of logits, over tokens, in each context, that E_read (V, d) explains alone."""
-    n, E = net.config.n_tokens, net.vocab.matrix()
+def explained(net, E_read, windows, autocast):
+    """Share of the variance of logits over tokens, in each context, that E_read (n_tokens, d) explains."""
+    E = net.vocab.matrix()[: net.config.n_tokens]
     missed = whole = 0.0
     for ids in windows.to(E.device).split(1):
         with autocast():
             h = net.encode(ids[:, :-1])[0].float()
         for part in h.split(PART):
-            logits = part @ E[:n].T
-            rest = logits - part @ E_read[:n].T
+            logits = part @ E.T
+            rest = logits - part @ E_read.T
             missed += float(rest.var(1).sum())
             whole += float(logits.var(1).sum())
     return 1 - missed / whole
@@ -335,64 +344,44 @@ def upcycle(c, ckpt, to):
 
     made_from = {"weights": files.file_sha256(ckpt.weights), "text": train.data_sha256}
     work = Work(to, asdict(c) | {"to": "", "device": "", "dtype": str(dtype)} | made_from)
-    E = net.vocab.matrix().detach().float()  # (V, d)
-    n = config.n_tokens
+    E = net.vocab.matrix().detach().float()[: config.n_tokens]
     windows = train.batch(0, max(1, min(c.tokens // train.block_size, train.n_windows)), c.seed)[0]
     states = work.once("states", lambda: {"states": read(net, windows, autocast)})["states"]
-
-    def dictionary_of_E():
-        H, p = statistics(states, E[:n].cpu())
-        mean, codes, atoms = sparse_codes(E[:n].cpu(), H, p, c)
-        padding = codes.new_zeros(len(E) - n, codes.size(1))
-        return {"mean": mean, "codes": torch.cat([codes, padding]), "atoms": atoms}
-
-    found = work.once("dictionary", dictionary_of_E)
-    core = torch.zeros(len(E), 0)
-    basis = torch.cat([found["atoms"], found["mean"][None]])
-    if c.keep_rest:
-        core = E.cpu() - found["mean"] - found["codes"] @ found["atoms"]
-        basis = torch.cat([found["atoms"], torch.eye(config.n_embd), found["mean"][None]])
-    vocab = SparseVocab.tensors(found["codes"], core, basis, c.n_nonzero)
-    weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
-    weights |= {f"vocab.{name}": tensor for name, tensor in vocab.items()}
-    student = checkpoint.build_model(wanted, weights).to(device)
+    found = work.once("dictionary", lambda: sparse_codes(E.cpu(), *statistics(states, E.cpu()), c))
+    student = with_recipes(net, wanted, found).to(device)
 
     x, y = test.windows(0, min(c.test_windows, test.n_windows))
-    held = torch.cat([x, y[:, -1:]], 1)
-    bits = test.tokens / test.bytes / math.log(2)
+    held = torch.cat([x, y[:, -1:]], 1)  # (n, T + 1)
     rows = {}
 
     def note(name):
-        found = measure(net, student.vocab.matrix().detach(), held, autocast)
-        rows[name] = found | {"bits per byte": found["loss"] * bits}
-        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in rows[name].items())}")
+        now = measure(net, student.vocab.matrix().detach(), held, autocast)
+        now["bits per byte"] = now["loss"] * test.tokens / test.bytes / math.log(2)
+        rows[name] = now
+        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in now.items())}")
+        return now
 
     if c.keep_rest:
-        signals_alone = (found["codes"] @ found["atoms"] + found["mean"]).to(device)
-        share = readable_share(net, signals_alone, held, autocast)
-        print(f"mean and signals explain {share:.1%} of the variance of logits; the core has the rest")
+        last = note("with the rest")
+        share = explained(net, (found["codes"] @ found["atoms"] + found["mean"]).to(device), held, autocast)
         rows["explained"] = share
-        note("with the rest")
+        print(f"mean and signals explain {share:.1%} of the variance of logits; the core has the rest")
     else:
-        note("sparse")
-        training = Distillation(student, E[:n], windows, states, c, dtype)
-        for whole, n_steps in ((False, c.output_steps), (True, c.whole_steps)):
+        last = note("sparse")
+        training = Distillation(student, E, windows, states, c, dtype)
+        for name, n_steps in (("output", c.output_steps), ("whole", c.whole_steps)):
             if n_steps:
-                name = "whole" if whole else "output"
-                training.run(n_steps, whole, work.folder / f"{name}.safetensors")
-                note(f"{name} distilled")
-    last = rows[list(rows)[-1]]
-    losses = {"val_loss": last["loss"], "best_val_loss": last["loss"], "whole_val_loss": None}
-    state = (
-        ckpt.state
-        | losses
-        | {
-            "config": ckpt.state["config"] | {"model": asdict(student.config)},
-            "bits_per_byte": last["bits per byte"],
-            "upcycled": {"from": made_from, "settings": asdict(c), "measured": rows},
-            "token": None,
-        }
-    )
+                training.run(n_steps, name == "whole", work.folder / f"{name}.safetensors")
+                last = note(f"{name} distilled")
+    state = ckpt.state | {
+        "config": ckpt.state["config"] | {"model": asdict(student.config)},
+        "val_loss": last["loss"],
+        "best_val_loss": last["loss"],
+        "whole_val_loss": None,
+        "bits_per_byte": last["bits per byte"],
+        "upcycled": {"from": made_from, "settings": asdict(c), "measured": rows},
+        "token": None,
+    }
     weights = {name: weight.cpu().contiguous() for name, weight in student.state_dict().items()}
     checkpoint.save(to, ckpt.step, weights, {}, state | tokenizer.entry, 1, True, tokenizer.files)
     shutil.rmtree(work.folder)

@@ -10,7 +10,7 @@ from configurator import UserError
 from tests.lab_fixtures import averaging, corpus, save_run, tiny
 
 SMALL = ["--n_signal=32", "--n_nonzero=4", "--rounds=4", "--starts=1", "--device=cpu", "--dtype=fp32"]
-SMALL += ["--tokens=2048", "--block_size=32", "--test_windows=8"]
+SMALL += ["--tokens=1024", "--block_size=32", "--test_windows=4"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def run(monkeypatch, dense, to, *options):
     """upcycle.py with these options: the model that it writes, and its measurements."""
     command = ["upcycle.py", f"--run={dense}", f"--to={to}", *SMALL, *options]
     monkeypatch.setattr("sys.argv", command)
-    monkeypatch.setattr(upcycle, "STEP", 64)
+    monkeypatch.setattr(upcycle, "STEP", 32)
     monkeypatch.setattr(upcycle, "SAMPLE", 1000)
     upcycle.main()
     ckpt = checkpoint.open_run(to)
