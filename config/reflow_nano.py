@@ -22,6 +22,7 @@ batch_size = 4
 micro_batch_size = 4
 max_steps = 600
 warmup_steps = 60
+optimizer = "muon"
 lr = 3e-3
 min_lr = 1e-4
 eval_interval = 150

@@ -4,16 +4,16 @@
 #     source .venv/bin/activate        after `make demo`, or the README's installation by hand
 #     bash runs/cpu.sh                 stopped, it goes on where it was when it is started again
 #
-#                            tokens       FLOPs      hours on 2 CPU cores with bf16 instructions (without)
-#     reflow_mini            3,072,000    2.39e+14   0.33 (1.3)
-#     gpt2_new_mini          3,072,000    2.38e+14   0.45
+#                            tokens        FLOPs      hours on 2 CPU cores with bf16 instructions, one after the other
+#     reflow_mini            40,960,000    1.52e+15   0.9
+#     gpt2_new_mini          40,960,000    1.49e+15   0.9
 #
 # The corpus is made of pip packages: 42 MB of downloads, a minute. The losses in config/README.md belong to
 # the larger mix of `data/offline/prepare.py --debian`, which needs apt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ -f data/offline/meta.json ] || python data/offline/prepare.py
+[ -f data/offline-gpt2-8192/meta.json ] || python data/offline/prepare.py --tokenizer=gpt2-8192
 python train.py config/reflow_mini.py --resume
 python train.py config/gpt2_new_mini.py --resume
 python experiments/run_all.py --run=out/reflow-mini

@@ -27,7 +27,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="no bash here")
 def commands(script, home, *arguments, prepared=True):
     """(exit status, stderr, the commands that a script gives), with stand-ins for those of the outside."""
     shutil.copytree(ROOT / "runs", home / "runs")
-    for data in ("offline", "openwebtext"):
+    for data in ("offline-gpt2-8192", "openwebtext"):
         (home / "data" / data).mkdir(parents=True)
         if prepared:
             (home / "data" / data / "meta.json").write_text("{}")
