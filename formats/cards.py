@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.datasets import dataset_of
+from data.shards import read_name
 
 CORPORA = {"sotu": None, "offline": None, "openwebtext": "Skylion007/openwebtext"}  # of data/: id on the hub
 CARD = """\
@@ -89,10 +90,15 @@ def text_licence(ckpt):
     return dataset.meta.get("licence") if dataset else ckpt.state.get("text_licence")
 
 
+def corpus_of(ckpt):
+    """Name of the corpus that a Checkpoint was trained on, in whatever tokens."""
+    return read_name(ckpt.train_config.get("dataset") or "")[0]
+
+
 def trained_here(ckpt):
     """Whether a Checkpoint was trained here, from scratch, on a corpus of data/, all of which are English."""
     train = ckpt.train_config
-    return train.get("dataset") in CORPORA and not (train.get("imported_from") or train.get("init_from"))
+    return corpus_of(ckpt) in CORPORA and not (train.get("imported_from") or train.get("init_from"))
 
 
 def losses(ckpt):
@@ -106,19 +112,19 @@ def losses(ckpt):
 def metadata(ckpt, name, form):
     """What the hub reads at the head of a card, a dict: licence, language, data, measured values, origin."""
     train = ckpt.train_config
-    dataset = Path(train.get("dataset", "sotu")).name
+    dataset, corpus = Path(train.get("dataset", "sotu")).name, CORPORA.get(corpus_of(ckpt))
     own = trained_here(ckpt)
     named = {"loss": "Validation loss, nats per token", "bits_per_byte": "Bits per byte"}
     values = {key: value for key, value in losses(ckpt).items() if math.isfinite(value)}
     result = {
         "task": {"type": "text-generation", "name": "Text generation"},
-        "dataset": {"type": CORPORA.get(dataset) or dataset, "name": dataset, "split": "validation"},
+        "dataset": {"type": corpus or dataset, "name": dataset, "split": "validation"},
         "metrics": [{"type": key, "name": named[key], "value": round(v, 4)} for key, v in values.items()],
     }
     data = {"license": "mit" if own else "unknown"}
     if own:
         data["language"] = ["en"]
-        data["datasets"] = [CORPORA[dataset]] if CORPORA[dataset] else None
+        data["datasets"] = [corpus] if corpus else None
     data["base_model"] = base_model(train.get("imported_from") or "")
     data["library_name"] = "transformers" if form == "llama" else "reflow"
     data["pipeline_tag"] = "text-generation"

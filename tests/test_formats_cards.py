@@ -45,9 +45,12 @@ def read_by_the_hub(text):
     return hub.ModelCard(text).data  # ValueError for a model-index that it cannot read
 
 
-@pytest.mark.parametrize("form", ["llama", "reflow"])
-def test_the_hub_reads_the_metadata(form, tmp_path):
-    data = read_by_the_hub(card(tmp_path, "factored", form, dataset="openwebtext"))
+@pytest.mark.parametrize(
+    ("form", "dataset"),
+    [("llama", "openwebtext"), ("reflow", "openwebtext"), ("llama", "openwebtext-gpt2-8192")],
+)
+def test_the_hub_reads_the_metadata(form, dataset, tmp_path):
+    data = read_by_the_hub(card(tmp_path, "factored", form, dataset=dataset))
     assert (data.license, data.language, data.datasets) == ("mit", ["en"], ["Skylion007/openwebtext"])
     assert data.pipeline_tag == "text-generation" and ("llama" in data.tags) == (form == "llama")
     assert data.base_model is None and data.model_name == "nano" and data.metrics == ["loss", "bits_per_byte"]

@@ -11,8 +11,9 @@ import pytest
 
 import configurator
 import hardware
+from data.datasets import tokenizer_of
 from model import ModelConfig
-from train import TrainConfig
+from train import TrainConfig, fitted
 
 ROOT = Path(configurator.__file__).resolve().parent
 SCRIPTS = sorted(path.name for path in (ROOT / "runs").iterdir())
@@ -111,7 +112,7 @@ def test_a_header_says_what_dry_run_says(script, capsys, monkeypatch):
         file = str(ROOT / "config" / f"{name}.py")
         m, c = configurator.parse(ModelConfig, TrainConfig, argv=[file, "--device=cpu"])
         capsys.readouterr()
-        hardware.dry_run(m, c)
+        hardware.dry_run(fitted(m, tokenizer_of(c.dataset)), c)
         out = capsys.readouterr().out
         assert f" {tokens} in {c.max_steps:,} steps" in out and f" {flops} in all" in out, name
         if script != "cpu.sh":
