@@ -316,7 +316,7 @@ def train(m, c, run):
 
     sharded = world > 1 and c.parallel == "fsdp"
     if sharded and c.optimizer == "muon":
-        raise UserError("--optimizer=muon needs whole matrices: give --parallel=ddp")
+        raise UserError("--optimizer=muon needs whole matrices: give --parallel=ddp or --optimizer=adamw")
 
     # -- devices and precision
     device = pick_device(c.device)

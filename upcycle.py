@@ -22,7 +22,8 @@ Method
     function is that of the model, but for rounding.
 
 Cost
-    SmolLM2-135M with 64 of 2,304 signals: to be measured.
+    A model of 5.5M parameters, 32 of 1,024 signals, --rounds=10: 4 minutes of CPU time, two thirds of it the
+    dictionary. It grows with rows x entries x signals. SmolLM2 has not been upcycled yet.
 """
 
 import json

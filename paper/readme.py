@@ -162,6 +162,8 @@ def trained_block():
         f" {len(supported(of_kind('signals', claims(name).values())))}."
         for words, name in others
     ]
+    if any("rotation" in words for words, _ in others):
+        turned.append("What a random rotation supports is chance: it stands for no axes.")
     nulls = result(own, "ablate_signal").numbers["nulls"]
     return "\n\n".join(
         [

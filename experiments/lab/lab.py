@@ -125,6 +125,7 @@ def train_baseline(ckpt):
     """The command that trains a plain GPT of the shape, data and steps of a Checkpoint."""
     keys = ("dataset", "batch_size", "micro_batch_size", "max_steps", "warmup_steps", "lr", "min_lr", "seed")
     train = {key: ckpt.train_config[key] for key in keys if key in ckpt.train_config}
+    train["optimizer"] = ckpt.train_config.get("optimizer", "adamw")
     shape = ckpt.model_config | {"vocab": "dense", "n_signal": None, "top_k": None}
     if replace(ModelConfig(**ckpt.model_config), vocab_size=None).rows == shape["vocab_size"]:
         shape |= {"vocab_size": None, "n_token": None}  # train.py has them from the data
@@ -132,7 +133,8 @@ def train_baseline(ckpt):
     commands = []
     for path in sorted((checkpoint.RELEASES.parent / "config").glob("gpt2_new*.py")):
         own = {key: value for _, key, value in configurator.read_file(path)}
-        given = {field.name: field.default for field in fields(ModelConfig)} | {"seed": 0} | own
+        given = {field.name: field.default for field in fields(ModelConfig)}
+        given |= {"seed": 0, "optimizer": "adamw"} | own
         changes = {key: value for key, value in wanted.items() if given.get(key) != value}
         if changes:
             changes["out_dir"] = f"out/{ckpt.name}-baseline"

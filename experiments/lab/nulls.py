@@ -187,7 +187,9 @@ def train(folder, ckpt, start, settings, counts):
             writer.add(split, 0, tokens, len(tokens))
         writer.finish()
         checkpoint.save(work / "start", 0, plain(start), {}, state, 1, True, tokenizer.files)
-        options = settings | {
+        # Not the optimiser of the configuration that train.py reads, where the run is older than the choice.
+        options = {"optimizer": "adamw"} | settings
+        options |= {
             "init_from": work / "start",
             "dataset": (work / "text").resolve(),
             "out_dir": work / "run",
