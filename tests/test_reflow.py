@@ -79,7 +79,7 @@ def test_the_cache_holds_the_streams_by_both_spellings(model):
         (lambda m: m.token("antidisestablishment"), "tokens: take a word.*pieces: ' ant"),
         (lambda m: m.attribute(""), "empty"),
         (lambda m: m.attribute(" people" * 300), "the context holds 256"),
-        (lambda m: m.signal(192), "signals are 0 to 191"),
+        (lambda m: m.signal(256), "signals are 0 to 255"),
     ],
 )
 def test_mistakes_are_one_line(model, look, match):
@@ -133,11 +133,11 @@ def test_a_rare_token_is_marked_in_every_card_that_is_about_it(model):
     assert model.name(never).endswith(" (rare: never seen in training)")
     assert "rare" not in model.name(often)
     assert sightings(2) == "seen 2 times" and sightings(1234) == "seen 1,234 times"
-    mark = '" queen" (rare: seen 67 times in training)'
-    assert counts[token("queen")] == 67
-    assert model.token("queen").title.startswith(mark)
-    assert model.neighbors("queen").title.endswith(mark)
-    assert mark in model.attribute(PROMPT, "queen").top(3).notes
+    mark = '" Google" (rare: seen 36 times in training)'
+    assert counts[model.token_id("Google")] == 36
+    assert model.token("Google").title.startswith(mark)
+    assert model.neighbors("Google").title.endswith(mark)
+    assert mark in model.attribute(PROMPT, "Google").top(3).notes
     assert "rare" not in repr(model.token("king")) + repr(model.attribute(PROMPT, "king").top(3))
 
 
@@ -216,10 +216,10 @@ def test_the_command_line_prints_the_same_card(model, monkeypatch, capsys, argum
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["signal", "192"], "no signal 192: signals are 0 to 191"),
+        (["signal", "256"], "no signal 256: signals are 0 to 255"),
         (["signal", "king"], "give the number of a signal"),
-        (["token", "antidisestablishment"], "pieces: ' ant' 'idis'"),
-        (["why", PROMPT, "--target=antidisestablishment"], "pieces: ' ant' 'idis'"),
+        (["token", "antidisestablishment"], "pieces: ' ant' 'id'"),
+        (["why", PROMPT, "--target=antidisestablishment"], "pieces: ' ant' 'id'"),
         (["why", PROMPT, "--target=Paris", "--foil=Paris"], "give two tokens"),
         (["why", ""], "the prompt is empty"),
         (["why", " people" * 300], "the prompt has 300 tokens: the context holds 256"),
