@@ -331,7 +331,7 @@ def upcycle(c, ckpt, to):
     net = ckpt.load_model(device, verified=True)
     config = net.config
     if config.vocab != "dense":
-        raise UserError(f"--run={c.run} has the vocabulary {config.vocab}: only a dense one can be upcycled")
+        raise UserError(f"{ckpt.run} has the vocabulary {config.vocab}: only a dense one can be upcycled")
     signals, n_core = c.n_signal or 4 * config.n_embd, config.n_embd if c.keep_rest else 0
     try:
         wanted = replace(config, vocab="sparse", n_signal=signals, n_nonzero=c.n_nonzero, n_core=n_core)
