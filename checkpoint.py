@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -110,6 +110,13 @@ def save(run, step, model, optimizer, state, keep, best, others=None):
     n_delete = max(0, len(older) - (keep - 1))
     for path in older[:n_delete]:
         shutil.rmtree(path)
+
+
+def save_run(run, step, net, state, tokenizer, moments=None):
+    """Write `net` with its Tokenizer, and an optimiser's moments, as the only checkpoint of the run."""
+    weights = {name: weight.cpu().contiguous() for name, weight in net.state_dict().items()}
+    state = state | tokenizer.entry
+    save(run, step, weights, moments or {}, state, keep=1, best=True, others=tokenizer.files)
 
 
 def steps(run):
@@ -367,6 +374,17 @@ class Checkpoint:
         """The file of its weights."""
         return self.path / WEIGHTS[0]
 
+    def converted(self, config, val_loss, bits_per_byte):
+        """The state of its model in another form, a ModelConfig, with what was measured on some windows."""
+        return self.state | {
+            "config": self.state["config"] | {"model": asdict(config)},
+            "val_loss": val_loss,
+            "best_val_loss": val_loss,
+            "whole_val_loss": None,
+            "bits_per_byte": bits_per_byte,
+            "token": None,
+        }
+
     def load_model(self, device="cpu", verified=False):
         """The ReFlow in eval mode on `device`, fp32; `verified`: see `load_model`. Raises UserError."""
         return load_model(self.path, device, verified)[0]
@@ -394,6 +412,12 @@ def build_model(config, weights, source="the model"):
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: its weights do not fit the model it describes: {why}") from None
     return model.eval()
+
+
+def with_vocab(net, config, tensors):
+    """The blocks of the ReFlow `net` under another vocabulary, of a ModelConfig and with these tensors."""
+    weights = {name: w.cpu() for name, w in net.state_dict().items() if not name.startswith("vocab.")}
+    return build_model(config, weights | {f"vocab.{name}": tensor for name, tensor in tensors.items()})
 
 
 def load_model(step, device="cpu", verified=False):

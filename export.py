@@ -93,13 +93,6 @@ def is_export(folder):
     return False
 
 
-def save_run(to, step, net, state, tokenizer, moments=None):
-    """Write `net` with its Tokenizer, and an optimiser's moments, as the only checkpoint of the run `to`."""
-    weights = {name: weight.contiguous() for name, weight in net.state_dict().items()}
-    state = state | tokenizer.entry
-    checkpoint.save(to, step, weights, moments or {}, state, keep=1, best=True, others=tokenizer.files)
-
-
 def import_model(source, to, dataset, n_sequences):
     """Write the model at `source`, other people's folder or file, as a run. UserError."""
     origin = source
@@ -146,7 +139,7 @@ def import_model(source, to, dataset, n_sequences):
         "skipped": 0,
         "versions": checkpoint.versions(),
     }
-    save_run(to, 0, checkpoint.build_model(config, found.weights, source), state, tokenizer)
+    checkpoint.save_run(to, 0, checkpoint.build_model(config, found.weights, source), state, tokenizer)
 
 
 def validation(name, tokenizer, block_size, source):
@@ -176,9 +169,8 @@ def factor(net, kind, seed=0):
         found = dictionary.ica(E, fit, seed)
     if found.n_signals < c.n_embd:
         raise UserError(f"--factor={kind}: the embedding does not fill its {c.n_embd} dimensions: no basis")
-    weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
-    weights |= {"vocab.recipe": found.codes, "vocab.basis": found.atoms}
-    return checkpoint.build_model(replace(c, vocab="factored", n_signal=c.n_embd), weights)
+    config = replace(c, vocab="factored", n_signal=c.n_embd)
+    return checkpoint.with_vocab(net, config, {"recipe": found.codes, "basis": found.atoms})
 
 
 def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
@@ -204,11 +196,8 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     core = rest @ axes.T  # (V, n_core)
     found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed, starts=1)
     basis = torch.cat([found.atoms.double(), axes, mean[None]])
-    vocab = SparseVocab.tensors(found.codes, core, basis, n_nonzero)
-    weights = {name: weight for name, weight in net.state_dict().items() if name != "vocab.weight"}
-    weights |= {f"vocab.{name}": tensor for name, tensor in vocab.items()}
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
-    return checkpoint.build_model(config, weights)
+    return checkpoint.with_vocab(net, config, SparseVocab.tensors(found.codes, core, basis, n_nonzero))
 
 
 def write_sparse(ckpt, to, c):
@@ -226,15 +215,8 @@ def write_sparse(ckpt, to, c):
     if (ckpt.path / checkpoint.WEIGHTS[1]).exists():  # a release has none
         moments = checkpoint.load_tensors(ckpt.path / checkpoint.WEIGHTS[1])
     moments = {name: moment for name, moment in moments.items() if not name.startswith("vocab.")}
-    state = ckpt.state | {
-        "config": ckpt.state["config"] | {"model": asdict(found.config)},
-        "val_loss": after,
-        "best_val_loss": after,
-        "whole_val_loss": None,
-        "bits_per_byte": after * text.tokens / text.bytes / math.log(2),
-        "token": None,
-    }
-    save_run(to, ckpt.step, found, state, tokenizer, moments)
+    state = ckpt.converted(found.config, after, after * text.tokens / text.bytes / math.log(2))
+    checkpoint.save_run(to, ckpt.step, found, state, tokenizer, moments)
 
 
 def main():
@@ -251,8 +233,8 @@ def main():
             write_sparse(ckpt, to, c)
         elif c.factor is not None:
             net = factor(ckpt.load_model(verified=True), c.factor, c.seed)
-            config = ckpt.state["config"] | {"model": asdict(net.config)}
-            save_run(to, ckpt.step, net, ckpt.state | {"config": config}, kept(ckpt.path, ckpt.state))
+            state = ckpt.state | {"config": ckpt.state["config"] | {"model": asdict(net.config)}}
+            checkpoint.save_run(to, ckpt.step, net, state, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":
             write_llama(ckpt, to, c.dtype)
         elif c.vector is not None:

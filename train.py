@@ -263,11 +263,12 @@ def main():
             print(configurator.describe(m, c), flush=True)
             dry_run(m, c)
         return
-    newest, state, _ = checkpoint.newest_whole(run) if c.resume else (None, None, [])
-    if newest and state["step"] >= c.max_steps and files.why_unwritable(run):  # nothing has to be written
-        if rank == 0:
-            print(f"finished {run} at step {state['step']}")
-        return
+    if c.resume and run.is_dir() and files.why_unwritable(run):
+        newest, state, _ = checkpoint.newest_whole(run)
+        if newest and state["step"] >= c.max_steps:  # nothing has to be written
+            if rank == 0:
+                print(f"finished {run} at step {state['step']}")
+            return
     try:
         with files.lock(run) if rank == 0 else contextlib.nullcontext():
             status = train(m, c, run)

@@ -141,9 +141,7 @@ def with_recipes(net, config, found):
     codes[: len(found["codes"])] = found["codes"]
     core = E - mean - codes @ atoms if config.n_core else E.new_zeros(len(E), 0)
     basis = torch.cat([atoms, torch.eye(config.n_embd)[: config.n_core], mean[None]])
-    weights = {name: weight.cpu() for name, weight in net.state_dict().items() if name != "vocab.weight"}
-    vocab = SparseVocab.tensors(codes, core, basis, config.n_nonzero)
-    return checkpoint.build_model(config, weights | {f"vocab.{name}": t for name, t in vocab.items()})
+    return checkpoint.with_vocab(net, config, SparseVocab.tensors(codes, core, basis, config.n_nonzero))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -374,17 +372,9 @@ def upcycle(c, ckpt, to):
             if n_steps:
                 training.run(n_steps, name == "whole", work.folder / f"{name}.safetensors")
                 last = note(f"{name} distilled")
-    state = ckpt.state | {
-        "config": ckpt.state["config"] | {"model": asdict(student.config)},
-        "val_loss": last["loss"],
-        "best_val_loss": last["loss"],
-        "whole_val_loss": None,
-        "bits_per_byte": last["bits per byte"],
-        "upcycled": {"from": made_from, "settings": asdict(c), "measured": rows},
-        "token": None,
-    }
-    weights = {name: weight.cpu().contiguous() for name, weight in student.state_dict().items()}
-    checkpoint.save(to, ckpt.step, weights, {}, state | tokenizer.entry, 1, True, tokenizer.files)
+    state = ckpt.converted(student.config, last["loss"], last["bits per byte"])
+    state["upcycled"] = {"from": made_from, "settings": asdict(c), "measured": rows}
+    checkpoint.save_run(to, ckpt.step, student, state, tokenizer)
     shutil.rmtree(work.folder)
 
 
