@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from hardware import one_thread
+from hardware import one_thread, side_by_side
 
 RANK = 1e-12  # of the largest squared singular value: smaller ones are rounding
 VARIANCE = 1e-10  # of the largest variance: directions with less are not whitened, their rounding would grow
@@ -188,29 +188,39 @@ def ica(E, fit, seed=0):
 # Sparse codes
 
 
-def pursue(rows, atoms, depth, chunk=256):
+def pursue(rows, atoms, depth, worth=None, least=1, chunk=128):
     """Orthogonal matching pursuit of rows (V, d) in atoms (S, d) of length 1 (Pati et al., 1993).
 
     Returns (index, gain), each (V, depth): which atom a row takes at each step, and by how much that lowers
-    the row's squared error.
+    the row's squared error. With `worth` (V,), a row that has `least` atoms may stop once a step gains less
+    than that; the gains of the steps that it does not take are 0.
     """
-    index = torch.empty(len(rows), depth, dtype=torch.long)
-    gain = rows.new_empty(len(rows), depth)
-    for start in range(0, len(rows), chunk):
-        rest = rows[start : start + chunk].clone()  # (n, d), what is not explained yet
-        taken = index[start : start + chunk]
+    index = torch.zeros(len(rows), depth, dtype=torch.long)
+    gain = rows.new_zeros(len(rows), depth)
+
+    def pursue_part(start):
+        part = torch.arange(start, min(start + chunk, len(rows)))
+        rest = rows[part]  # (n, d), what is not explained yet
         frame = rest.new_empty(len(rest), depth, rest.size(1))  # (n, depth, d), the taken atoms, orthonormal
         for k in range(depth):
             fit = (rest @ atoms.T).abs_()  # (n, S)
-            taken[:, k] = fit.scatter_(1, taken[:, :k], -1.0).argmax(1)
-            new = atoms[taken[:, k], None]  # (n, 1, d)
+            best = fit.scatter_(1, index[part, :k], -1.0).argmax(1)
+            new = atoms[best, None]  # (n, 1, d)
             before = frame[:, :k]  # (n, k, d)
             new = torch.baddbmm(new, new @ before.mT, before, alpha=-1)[:, 0]  # (n, d)
             new = new / new.norm(dim=1, keepdim=True).clamp(min=1e-6)
             along = (rest * new).sum(1, keepdim=True)  # (n, 1)
             rest -= along * new
-            gain[start : start + chunk, k] = along[:, 0] ** 2
             frame[:, k] = new
+            index[part, k] = best
+            gain[part, k] = along[:, 0] ** 2
+            if worth is not None and k + 1 >= least and (k + 1) % 8 == 0:
+                goes_on = gain[part, k] >= worth[part]
+                part, rest, frame = part[goes_on], rest[goes_on], frame[goes_on]
+                if not len(part):
+                    return
+
+    side_by_side(pursue_part, range(0, len(rows), chunk))
     return index, gain
 
 
@@ -218,41 +228,53 @@ def share_out(gain, total, least):
     """How many steps each row of a pursuit keeps, (V,): those `total` of the matrix that gain most.
 
     gain (V, depth). A row keeps its first steps, and `least` of them in any case. A step is worth no more
-    than the one before it: so the steps kept are the first ones.
+    than the one before it: so the steps kept are the first ones. Returns also the worth of the last one.
     """
     worth = gain.cummin(1).values
     worth[:, :least] = torch.inf
-    best = worth.flatten().topk(total).indices
-    return torch.bincount(best // gain.size(1), minlength=len(gain))
+    best = worth.flatten().topk(total)
+    return torch.bincount(best.indices // gain.size(1), minlength=len(gain)), best.values[-1]
 
 
 def least_squares(rows, atoms, index, n_kept, chunk=256):
     """Codes (V, S): the best coefficients of each row (V, d) in the first n_kept (V,) atoms of its index."""
     codes = rows.new_zeros(len(rows), len(atoms))
     gram = atoms @ atoms.T  # (S, S)
-    depth = index.size(1)
-    for start in range(0, len(rows), chunk):
+
+    def solve_part(start):
         part = slice(start, start + chunk)
-        taken = index[part]  # (n, depth)
+        depth = int(n_kept[part].max())
+        taken = index[part, :depth]  # (n, depth)
         kept = torch.arange(depth) < n_kept[part, None]  # (n, depth)
         both = kept[:, :, None] & kept[:, None]
         system = gram[taken[:, :, None], taken[:, None]] * both  # (n, depth, depth)
         system.diagonal(dim1=1, dim2=2)[:] += 1e-6 + (~kept).to(rows)  # no row is singular
         target = (rows[part] @ atoms.T).gather(1, taken) * kept  # (n, depth)
         found = torch.cholesky_solve(target[:, :, None], torch.linalg.cholesky(system))[:, :, 0]
-        codes[part].scatter_(1, taken, found * kept)
+        codes[part].scatter_add_(1, taken, found * kept)
+
+    side_by_side(solve_part, range(0, len(rows), chunk))
     return codes
 
 
 def encode(rows, atoms, n_nonzero, weights):
     """Codes (V, S) of rows (V, d) in atoms (S, d) of length 1, with n_nonzero entries a row on average.
 
-    A row gets entries by how much they lower the error that `weights` (V,) weigh, at most twice as many.
+    A row gets entries by how much they lower the error that `weights` (V,) weigh, at most twice as many. A
+    sixteenth of the rows tells beforehand what an entry must be worth, so that no row is followed much
+    further than it will be kept.
     """
     depth = min(2 * n_nonzero, *atoms.shape)
-    index, gain = pursue(rows, atoms, depth)
-    total, least = min(n_nonzero, depth) * len(rows), max(1, n_nonzero // 8)
-    return least_squares(rows, atoms, index, share_out(gain * weights[:, None], total, least))
+    n, least = min(n_nonzero, depth), max(1, n_nonzero // 8)
+    worth = None
+    if len(rows) >= 16 * 64:
+        few = slice(None, None, 16)
+        _, gain = pursue(rows[few], atoms, depth)
+        _, last = share_out(gain * weights[few, None], n * len(gain), least)
+        worth = last / 2 / weights.clamp(min=1e-30)
+    index, gain = pursue(rows, atoms, depth, worth, least)
+    n_kept, _ = share_out(gain * weights[:, None], n * len(rows), least)
+    return least_squares(rows, atoms, index, n_kept)
 
 
 def best_atoms(rows, codes, weights):

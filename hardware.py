@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -14,6 +15,8 @@ from configurator import UserError
 from model import ReFlow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of settings
+
+THREADS = torch.get_num_threads()  # at the start of a process: OMP_NUM_THREADS, else one for each core
 
 # Dense half-precision peak, TFLOP/s, from the makers' data sheets; for the utilisation column (MFU).
 PEAK_TFLOPS = {
@@ -124,6 +127,16 @@ def one_thread():
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(work, parts):
+    """Call work(part) for all parts, several at a time on the CPU, each with one thread to itself.
+
+    The result does not depend on their number.
+    """
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(work, parts):
+            pass  # an error in a part is raised here
 
 
 def pick_threads(model):

@@ -215,6 +215,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 FEW_ROWS = 64  # rows up to which `linear` takes the ways that are fast in generation
+HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 @contextmanager
@@ -222,13 +223,13 @@ def packed(weights, rows):
     """A context in which `linear` reads those `weights` that are bf16 on a CPU in oneDNN's own layout.
 
     oneDNN rearranges a plain matrix in every product. For few rows, a product with a plain matrix takes two
-    to three times as long (LOG.md). torch.compile emits the same operators. A single row needs none.
+    to three times as long (LOG.md). torch.compile emits the same operators. With AMX a single row needs none.
     """
     done = []
     try:
         for weight in weights:
             fits = weight.dim() == 2 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-            if rows > 1 and fits and not hasattr(weight, "packed"):
+            if (rows > 1 or not HAS_AMX) and fits and not hasattr(weight, "packed"):
                 with suppress(
                     AttributeError, RuntimeError
                 ):  # a torch without oneDNN, or without this operator
@@ -248,7 +249,7 @@ def linear(x, weight):
     """
     rows, large = x.numel() // x.size(-1), weight.numel() > 2**22
     packed = getattr(weight, "packed", None)
-    if rows == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if HAS_AMX and rows == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu":
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     if packed is not None and rows <= FEW_ROWS and x.dtype == weight.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

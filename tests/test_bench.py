@@ -38,6 +38,20 @@ def test_building_e_each_step_is_the_same_function():
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [row.partition(": ")[2] for row in bench.rows_of("train")[1:]])
+def test_every_rival_takes_a_training_step(kind):
+    """Which moves all of its weights: none is left out by its optimiser."""
+    torch.manual_seed(0)
+    kind = kind.removesuffix(bench.SHIPPED).removesuffix(" fp32")
+    c = bench.BenchConfig(batch_size=2, length=16)
+    net, loss_of, optimizer = bench.contender(kind, SMALL, c, torch.device("cpu"))
+    before = [p.detach().clone() for p in net.parameters()]
+    x = torch.randint(SMALL.n_tokens, (2, 17))
+    loss_of(x[:, :-1], x[:, 1:]).backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
 def test_spread_and_ratios_are_medians():
     assert bench.spread([3.0, 1.0, 2.0], "{:.0f}") == "2 (1 to 3)"
     numbers = {"tokens_per_s": [100.0, 300.0, 200.0], "peak_gib": [1.0] * 3}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dictionary
+import hardware
 from configurator import UserError
 from dictionary import Dictionary
 from experiments.lab.stats import gini
@@ -238,6 +239,24 @@ def test_a_pursuit_is_that_of_scikit_learn():
     assert torch.allclose(codes.double(), truth, atol=1e-3)
     error = ((E - codes @ atoms) ** 2).sum(1)
     assert torch.allclose((E**2).sum(1) - gain.sum(1), error, atol=1e-3)
+
+
+def test_rows_that_stop_early_and_rows_side_by_side_have_the_same_codes(monkeypatch):
+    """A row that is not followed further than its entries are worth has those of the whole pursuit."""
+    E, _, atoms = planted_codes(5)
+    weights = torch.linspace(0.01, 1, len(E))
+    index, gain = dictionary.pursue(E, atoms, 10)
+    n_kept, _ = dictionary.share_out(gain * weights[:, None], 5 * len(E), 1)
+    whole = dictionary.least_squares(E, atoms, index, n_kept)
+    found = {}
+    for threads in (1, 3):
+        monkeypatch.setattr(hardware, "THREADS", threads)
+        found[threads] = dictionary.encode(E, atoms, 5, weights)
+    assert torch.equal(found[1], found[3])
+    assert torch.allclose(found[1], whole, atol=1e-6) and (whole != 0).sum() > 4.9 * len(E)
+    worth = torch.zeros(len(E)).index_fill(0, torch.arange(1000), float(gain.max()))
+    taken = (dictionary.pursue(E, atoms, 10, worth)[1] != 0).sum(1)
+    assert (taken[:1000] <= 8).all() and (taken[1000:] > 8).any()  # so some did stop
 
 
 def test_sparse_misses_no_more_than_scikit_learn():
