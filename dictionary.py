@@ -285,6 +285,15 @@ def best_atoms(rows, codes, weights):
     return torch.linalg.solve(system, weighted.T @ rows)
 
 
+def fit_of(rows, codes, atoms, weights):
+    """How close codes (V, S) @ atoms come to rows (V, d): {quantity: value}."""
+    missed = ((rows - codes @ atoms) ** 2).sum(1) @ weights
+    return {
+        "missed": float(missed / ((rows**2).sum(1) @ weights)),
+        "nonzeros a row": float((codes != 0).sum() / len(codes)),
+    }
+
+
 def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
     """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms."""
     drawn = torch.multinomial(weights, n_atoms, generator=generator)
@@ -328,16 +337,24 @@ def sparse(E, n_atoms, n_nonzero, weights=None, seed=0, starts=3, rounds=20, mos
     if len(some) < len(rows):
         atoms = torch.nn.functional.normalize(atoms, dim=1)
         codes = encode(rows, atoms, n_nonzero, weights)
-    missed = ((rows - codes @ atoms) ** 2).sum(1) * weights  # (V,)
-    fit = {
-        "starts": starts,
-        "missed": float(missed.sum() / ((rows**2).sum(1) * weights).sum()),
-        "nonzeros a row": float((codes != 0).sum() / len(codes)),
-    }
+    fit = {"starts": starts} | fit_of(rows, codes, atoms, weights)
     others = [partners(atoms, part[1]).mean() for part in found if part is not best]
     if others:
         fit["agreement of starts"] = float(np.mean(others))
     return Dictionary("sparse", codes.to(E), atoms.to(E), fit)
+
+
+@one_thread()
+def anchored(E, anchors, n_nonzero, weights):
+    """Sparse codes of the rows of E (V, d) in some of its own rows, n_nonzero to a row on average.
+
+    anchors (S,): the ids of these tokens, so that every signal has the name of a token. Budget and `weights`
+    (V,) are those of `sparse`.
+    """
+    rows, weights = E.cpu().float(), weights.cpu().float()
+    atoms = torch.nn.functional.normalize(rows[anchors], dim=1)
+    codes = encode(rows, atoms, n_nonzero, weights)
+    return Dictionary("anchors", codes.to(E), atoms.to(E), fit_of(rows, codes, atoms, weights))
 
 
 def partners(a, b):

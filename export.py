@@ -9,12 +9,13 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=sparse --to=out/sparse  with sparse recipes
+    python export.py --run=out/gpt2-new-nano/step_000350 --factor=anchors --to=out/a   the same over tokens
     python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
 
 What --from and --factor write is a run like any other: sample.py, the experiments and `train.py --init_from`
-take it. A sparse one is close to the dense run, not equal. `train.py --out_dir=out/sparse --resume` goes on
-with the dense run's steps, text and learning rates: so a run changes from dense to sparse at half time. The
-formats are in formats/.
+take it. One with sparse recipes is close to the dense run, not equal. `train.py --out_dir=out/sparse
+--resume` goes on with the dense run's steps, text and learning rates: so a run changes from dense to sparse
+at half time. The formats are in formats/.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import threads
+import numpy as np
 import torch
 
 import checkpoint
@@ -43,6 +45,7 @@ from formats.reference import read_reference
 from formats.release import write_release
 from model import SparseVocab
 
+Factor = Literal["identity", "rotation", "pca", "ica", "sparse", "anchors"]
 TRIED = 256  # tokens of context, at most, in which readings of a reference checkpoint are compared
 MEASURED = 1024  # the same for the loss of an import: memory grows with its square
 
@@ -55,10 +58,10 @@ class ExportConfig:
     form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
     vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
-    factor: Literal["identity", "rotation", "pca", "ica", "sparse"] | None = None  # how a dense E is written
-    n_signal: int | None = None  # --factor=sparse: signals; None: 4 n_embd
-    n_nonzero: int = 32  # --factor=sparse: signals of a recipe, on average over all rows
-    n_core: int = 16  # --factor=sparse: rank of the dense part beside the recipes
+    factor: Factor | None = None  # how a dense E is written; anchors: sparse, its signals are frequent tokens
+    n_signal: int | None = None  # --factor=sparse, anchors: signals; None: 4 n_embd
+    n_nonzero: int = 32  # --factor=sparse, anchors: signals of a recipe, on average over all rows
+    n_core: int = 16  # --factor=sparse, anchors: rank of the dense part beside the recipes
     seed: int = 0  # of a random rotation, ICA or the start of a dictionary
     dataset: str = "sotu"  # --from: the text that ambiguities are tried on and the loss is measured on
     sequences: int = 8  # --from: how many validation sequences of it
@@ -173,14 +176,15 @@ def factor(net, kind, seed=0):
     return checkpoint.with_vocab(net, config, {"recipe": found.codes, "basis": found.atoms})
 
 
-def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
+def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0, anchors=False):
     """A sparse ReFlow close to a dense one: mean row, core and a dictionary of the rest (dictionary.sparse).
 
-    counts (n_tokens,): how often each token was seen; tokens weigh by them. Raises UserError.
+    With `anchors` the atoms are the rows of the tokens seen most. counts (n_tokens,): how often each token
+    was seen; tokens weigh by them. Raises UserError.
     """
     c = net.config
     if c.vocab != "dense":
-        raise UserError(f"--factor=sparse takes a dense model, this one is {c.vocab} already")
+        raise UserError(f"sparse recipes are made of a dense model, this one is {c.vocab} already")
     try:
         config = replace(
             c, vocab="sparse", n_signal=n_signal or 4 * c.n_embd, n_nonzero=n_nonzero, n_core=n_core
@@ -194,7 +198,12 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     rest = E - mean
     axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, c.n_embd - n_core :].T
     core = rest @ axes.T  # (V, n_core)
-    found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed, starts=1)
+    rest = (rest - core @ axes).float()
+    if anchors:
+        most = torch.from_numpy(np.argsort(-counts, kind="stable")[: config.signals].copy())
+        found = dictionary.anchored(rest, most, n_nonzero, seen)
+    else:
+        found = dictionary.sparse(rest, config.signals, n_nonzero, seen, seed, starts=1)
     basis = torch.cat([found.atoms.double(), axes, mean[None]])
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
     return checkpoint.with_vocab(net, config, SparseVocab.tensors(found.codes, core, basis, n_nonzero))
@@ -205,7 +214,7 @@ def write_sparse(ckpt, to, c):
     net = ckpt.load_model(verified=True)
     tokenizer = kept(ckpt.path, ckpt.state)
     counts = run_words(ckpt.path, ckpt.state).counts
-    found = sparse(net, counts, c.n_signal, c.n_nonzero, c.n_core, c.seed)
+    found = sparse(net, counts, c.n_signal, c.n_nonzero, c.n_core, c.seed, c.factor == "anchors")
     folder = text_folder(ckpt.path, ckpt.state)
     text = Dataset(folder, "val", net.config.block_size)
     n = ckpt.train_config.get("eval_sequences", c.sequences)
@@ -229,7 +238,7 @@ def main():
     with files.lock(to):  # also an error now, not after the work, if it cannot be written
         if ckpt is None:
             import_model(Path(c.from_).expanduser(), to, c.dataset, c.sequences)
-        elif c.factor == "sparse":
+        elif c.factor in ("sparse", "anchors"):
             write_sparse(ckpt, to, c)
         elif c.factor is not None:
             net = factor(ckpt.load_model(verified=True), c.factor, c.seed)

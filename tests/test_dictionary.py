@@ -259,6 +259,19 @@ def test_rows_that_stop_early_and_rows_side_by_side_have_the_same_codes(monkeypa
     assert (taken[:1000] <= 8).all() and (taken[1000:] > 8).any()  # so some did stop
 
 
+def test_tokens_that_are_mixtures_of_tokens_are_coded_in_these():
+    """An anchor is its own signal alone, and what is mixed of two anchors has these two."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(16, 24, generator=generator)
+    mixed = torch.zeros(400, 16)
+    mixed[torch.arange(400)[:, None], torch.rand(400, 16, generator=generator).topk(2).indices] = 1.0
+    E = torch.cat([own, mixed @ own])
+    found = dictionary.anchored(E, torch.arange(16), 2, torch.ones(416))
+    assert torch.allclose(found.matrix(), E, atol=1e-3)
+    assert torch.allclose(found.codes[:16], own.norm(dim=1).diag(), atol=1e-2)
+    assert torch.equal(found.codes[16:] > 0.1, mixed == 1)
+
+
 def test_sparse_misses_no_more_than_scikit_learn():
     """Where every entry of a row counts the same, at the same number of entries, on a small planted E."""
     from sklearn.decomposition import MiniBatchDictionaryLearning

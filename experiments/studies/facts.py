@@ -46,13 +46,16 @@ from files import check_writable, file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = Path(__file__).with_suffix(".md")
-ARMS = {  # options of train.py; of export.py for the sparse arm
+ARMS = {  # options of train.py; of export.py for those that are MADE
     "dense": {"vocab": "dense"},
     "factored": {"vocab": "factored"},
     "topk": {"vocab": "topk", "top_k": 24},
     "gains": {"vocab": "gains", "reinject": True},
     "sparse": {"n_nonzero": 32, "n_core": 16},
+    "anchors": {"n_nonzero": 32, "n_core": 16},
 }
+MADE = ("sparse", "anchors")  # arms that are made of a dense run at half time
+SHAPE = {"n_embd": 128, "n_head": 4}  # half the mini's width: two seeds share more of a smaller E (LOG.md)
 HYPOTHESES = {
     "equal_loss": "H1: its loss is at most 1 % above that of the dense model",
     "privileged": "H2: its signals write E more sparsely than 19 nulls do, and more are about a category",
@@ -63,6 +66,7 @@ HYPOTHESES = {
 }
 CLAIMS = {f"{arm}_{key}": f"{arm}: {text}" for arm in ARMS for key, text in HYPOTHESES.items()}
 PRICE, PARTNER, MARGIN, STABLE, RECOVERED, RICHER, STRONGER = 0.01, 0.5, 0.05, 0.3, 0.7, 1.5, 2.0
+SINGLE = 0.9  # of a row's energy: with more in one entry, a token is that signal
 N_STATES = 256  # of neutral text, for H6
 
 
@@ -99,22 +103,26 @@ def plan(c):
         for arm in [arm for arm in ARMS if arm in c.arms.split(",")]:
             folder = folder_of(c, arm, seed)
             train = [ROOT / "train.py", f"--out_dir={folder}", "--resume"]
-            if arm == "sparse":
+            if arm in MADE:
                 half = folder_of(c, "dense", seed) / f"step_{c.steps // 2:06d}"
                 own = [f"--{key}={value}" for key, value in ARMS[arm].items()]
-                export = [ROOT / "export.py", f"--run={half}", "--factor=sparse", f"--to={folder}"]
+                export = [ROOT / "export.py", f"--run={half}", f"--factor={arm}", f"--to={folder}"]
                 runs.append((folder, [[*export, *own, f"--seed={seed}"], train]))
                 continue
-            options = ARMS[arm] | {
-                "dataset": c.dataset,
-                "batch_size": 8,
-                "micro_batch_size": 8,
-                "max_steps": c.steps,
-                "warmup_steps": c.steps // 20,
-                "eval_interval": c.steps // 8,
-                "save_interval": c.steps // 2,
-                "seed": seed,
-            }
+            options = (
+                ARMS[arm]
+                | SHAPE
+                | {
+                    "dataset": c.dataset,
+                    "batch_size": 8,
+                    "micro_batch_size": 8,
+                    "max_steps": c.steps,
+                    "warmup_steps": c.steps // 20,
+                    "eval_interval": c.steps // 8,
+                    "save_interval": c.steps // 2,
+                    "seed": seed,
+                }
+            )
             settings = [f"--{key}={value}" for key, value in options.items()]
             runs.append((folder, [[train[0], ROOT / c.config, *settings, *train[1:]]]))
     return runs
@@ -146,18 +154,25 @@ def make_runs(c):
 # What is measured
 
 
-class Arm:
-    """The runs of one arm, one a seed: their signals, and what is known of their tokens."""
+def single(d):
+    """Which tokens of a Dictionary are one signal and little else, (V,): an anchor is its own signal."""
+    energy = d.codes**2
+    return to_numpy(energy.amax(1) > SINGLE * energy.sum(1))
 
-    def __init__(self, name, checkpoints):
-        self.name = name
-        self.runs = [trained_run(ckpt) for ckpt in checkpoints]
-        self.labs = [run.lab() for run in self.runs]
-        self.losses = np.array([run.loss for run in self.runs])
-        self.counts = np.min([lab.words.counts for lab in self.labs], axis=0)
-        self.native = [dictionary.readable(lab.model.net) for lab in self.labs]
-        self.is_wide = self.native[0].n_signals > self.native[0].atoms.size(1)
-        self.pairs = list(combinations(range(len(self.labs)), 2))
+
+class Signals:
+    """Signals of one kind, a Dictionary in `found` for each of the `labs`, which are models of unlike seeds.
+
+    Tokens that are one signal by themselves in any seed are left out of matches: where signals are made of
+    tokens, these would match by construction.
+    """
+
+    def __init__(self, name, labs, found, counts):
+        self.name, self.labs, self.found = name, labs, found
+        self.counts = np.where(np.any([single(d) for d in found], axis=0), 0, counts)
+        self.pairs = list(combinations(range(len(labs)), 2))
+        self.is_wide = found[0].n_signals > found[0].atoms.size(1)
+        self.least, self.means = self.over_pairs(found)
 
     def over_pairs(self, found):
         """Signals of one seed and their partners in another, of a Dictionary a seed in `found`.
@@ -175,19 +190,40 @@ class Arm:
             means.append(ours.mean())
         return [np.min(part, axis=0) for part in sums], np.array(means)
 
+    @property
+    def stable(self):
+        """Share of signals that match above PARTNER with every other seed."""
+        return float(np.mean([(least > PARTNER).mean() for least in self.least]))
+
+    def null_match(self, rng):
+        """Mean match of a pair of seeds under the null, (N_GAUGES,)."""
+        a, b = (to_numpy(d.codes) for d in self.found[:2])
+        return null_matches(a, b, self.counts, rng, "exchange" if self.is_wide else "rotation").mean(1)
+
     def ceiling(self, rng):
         """Correlations of the directions that E of two seeds share, mean over pairs, (d,)."""
         E = [to_numpy(lab.model.E) for lab in self.labs]
         return np.mean([shared_directions(E[i], E[j], self.counts, rng) for i, j in self.pairs], axis=0)
 
-    def null_match(self, rng):
-        """Mean match of a pair of seeds under the null, (N_GAUGES,)."""
-        a, b = (to_numpy(d.codes) for d in self.native[:2])
-        return null_matches(a, b, self.counts, rng, "exchange" if self.is_wide else "rotation").mean(1)
+    def facts(self, words, abouts, rng, ratios=None):
+        """[[fact]] by seed: signals that match with every other seed, are about a category, and act so."""
+        found = []
+        for i, (lab, d, least, about) in enumerate(
+            zip(self.labs, self.found, self.least, abouts, strict=True)
+        ):
+            tried = (least > PARTNER) & about.found
+            ratio = effects(lab, d, about, tried, words, rng) if ratios is None else ratios[i]
+            found.append(
+                [
+                    {"signal": int(s), "about": words.names[about.category[s]], "match": float(least[s])}
+                    for s in np.flatnonzero(tried & (ratio >= STRONGER))
+                ]
+            )
+        return found
 
 
 def rivals(lab, seed):
-    """{name: Dictionary} of the plain GPT's E: its coordinates, PCA, ICA, sparse codes in 4 d atoms.
+    """{name: Dictionary} of the plain GPT's E: its coordinates, PCA, ICA, codes in atoms and in tokens.
 
     Random starts are those of `seed`, another one for each run. ICA is missing if it failed.
     """
@@ -199,7 +235,11 @@ def rivals(lab, seed):
     weights = torch.from_numpy(counts + 1.0).to(E)
     rest = E - (weights @ E) / weights.sum()
     n_nonzero = ARMS["sparse"]["n_nonzero"]
-    return found | {"sparse": dictionary.sparse(rest, 4 * E.size(1), n_nonzero, weights, seed, starts=1)}
+    most = torch.from_numpy(lab.words.by_count[: 4 * E.size(1)].copy())
+    return found | {
+        "sparse": dictionary.sparse(rest, 4 * E.size(1), n_nonzero, weights, seed, starts=1),
+        "anchors": dictionary.anchored(rest, most, n_nonzero, weights),
+    }
 
 
 def null_dictionary(d, counts, generator):
@@ -218,10 +258,11 @@ def null_dictionary(d, counts, generator):
     return Dictionary("gaussian", dictionary.encode(E, atoms, n, weights), atoms)
 
 
-def recovered(d, counts, seed, starts):
+def recovered(d, counts, compared, seed, starts):
     """Mean match of a Dictionary's signals with those found in its product anew, the worst of the starts.
 
-    By ICA, or by sparse codes where there are more signals than dimensions.
+    By ICA, or by sparse codes where there are more signals than dimensions. Tokens weigh by counts (V,);
+    `compared` (V,) are the same with zeros for tokens that are left out of the match.
     """
     E = d.matrix()
     often = torch.from_numpy(np.flatnonzero(counts >= SHOWN_COUNT))
@@ -233,7 +274,7 @@ def recovered(d, counts, seed, starts):
             other = dictionary.sparse(E, d.n_signals, n, weights, seed * 100 + start + 1, starts=1)
         else:
             other = dictionary.ica(E, often, seed * 100 + start + 1)
-        found.append(matches(to_numpy(d.codes), to_numpy(other.codes), counts).mean())
+        found.append(matches(to_numpy(d.codes), to_numpy(other.codes), compared).mean())
     return min(found)
 
 
@@ -257,14 +298,14 @@ class Meaning:
         return self.ids[(self.labels == category) & ~self.first]
 
 
-def effects(lab, d, about, words, rng):
-    """`acts` of every signal that is about a category, (S,): not a number for the others."""
+def effects(lab, d, about, tried, words, rng):
+    """`acts` of the signals `tried` (S,), for the categories that they are about, (S,): else not a number."""
     x, _ = lab.heldout(64, min(32, lab.model.net.config.block_size))
     with torch.no_grad():
         h = lab.model.net.encode(x).flatten(0, 1)
     h = h[torch.from_numpy(rng.permutation(len(h))[:N_STATES])]
     found = np.full(d.n_signals, np.nan)
-    for s in np.flatnonzero(about.found):
+    for s in np.flatnonzero(tried):
         members = words.members(about.category[s])
         found[s] = acts(lab.model.E, d.atoms, d.codes, h, s, members, rng)
     return found
@@ -286,6 +327,18 @@ def about(values):
     return Estimate(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
 
 
+class Arm:
+    """The runs of one arm, one a seed, with their Signals."""
+
+    def __init__(self, name, checkpoints):
+        self.runs = [trained_run(ckpt) for ckpt in checkpoints]
+        self.labs = [run.lab() for run in self.runs]
+        self.losses = np.array([run.loss for run in self.runs])
+        self.counts = np.min([lab.words.counts for lab in self.labs], axis=0)
+        native = [dictionary.readable(lab.model.net) for lab in self.labs]
+        self.signals = Signals(name, self.labs, native, self.counts)
+
+
 def run(study, c):
     arms = {
         arm: Arm(arm, [finished(folder_of(c, arm, s), c.steps) for s in range(c.seeds)])
@@ -296,20 +349,30 @@ def run(study, c):
     rng = np.random.default_rng(0)
     report.numbers["protocol_sha256"] = file_sha256(PROTOCOL)
     often = int((dense.counts >= SHOWN_COUNT).sum())
-    if often < 4 * dense.native[0].n_signals:
+    if often < 4 * dense.signals.found[0].n_signals:
         raise TooFew(f"only {often} tokens were seen {SHOWN_COUNT} times in training with each seed")
 
     plain = [rivals(lab, seed) for seed, lab in enumerate(dense.labs)]
     names = [name for name in plain[0] if all(name in found for found in plain)]
     words = Meaning(dense.labs[0], dense.counts, rng)
-    rival = {name: {"match": dense.over_pairs([found[name] for found in plain])[1].mean()} for name in names}
+    rival = {}
     for name in names:
-        rival[name]["enriched"] = float(np.mean([words.share(found[name]) for found in plain]))
+        signals = Signals(name, dense.labs, [found[name] for found in plain], dense.counts)
+        abouts = [words.of(d) for d in signals.found]
+        facts = signals.facts(words, abouts, rng)
+        rival[name] = {
+            "match": float(signals.means.mean()),
+            "null": float(signals.null_match(rng).mean()),
+            "stable": signals.stable,
+            "enriched": float(np.mean([about.found.mean() for about in abouts])),
+            "facts": [len(part) for part in facts],
+            "list": facts[0],
+        }
     report.numbers["rivals"] = rival
     for name, values in rival.items():
-        for metric, value in values.items():
-            report.row(metric, value, model="dense", dictionary=name)
-    table = {arm: test_arm(report, arms[arm], dense, rival, words, rng, c) for arm in arms}
+        for metric in ("match", "stable", "enriched"):
+            report.row(metric, values[metric], model="dense", dictionary=name)
+    table = {name: test_arm(report, arm, dense, rival, words, rng, c) for name, arm in arms.items()}
     report.numbers["arms"] = table
     report.gallery = gallery(table, rival)
     draw(report, table, rival)
@@ -318,18 +381,19 @@ def run(study, c):
 
 def test_arm(report, arm, dense, rival, words, rng, c):
     """H1 to H6 of one arm: its claims and rows; its numbers."""
-    n = len(arm.runs)
+    n, signals = len(arm.runs), arm.signals
+
+    def claim(key, passed, reason, measured, **fields):
+        report.claim(f"{signals.name}_{key}", decide(passed, reason, measured, **({"n": n} | fields)))
+
     price = arm.losses / dense.losses - 1
     bound = t_interval(price)
     passed = None if n < 3 else bound.high <= PRICE
-    report.claim(
-        f"{arm.name}_equal_loss",
-        decide(passed, f"the interval ends at {bound.high:.2%}", bound, n, lower=True),
-    )
+    claim("equal_loss", passed, f"the interval ends at {bound.high:.2%}", bound, lower=True)
 
     # H2: privileged
     gains, shares = [], []
-    for lab, d in zip(arm.labs, arm.native, strict=True):
+    for lab, d in zip(arm.labs, signals.found, strict=True):
         k = max(1, d.n_signals // 32)
         E, counts = d.matrix(), lab.words.counts
         kept = np.flatnonzero(counts >= SHOWN_COUNT)
@@ -338,76 +402,60 @@ def test_arm(report, arm, dense, rival, words, rng, c):
         share = [words.share(part) for part in (d, *nulls)]
         gains.append(min(cut[1:]) - cut[0])
         shares.append(share[0] - max(share[1:]))
-    passed = min(gains) > 0 and min(shares) > 0
     reason = (
         f"over the best null: {min(gains):.3f} of E's energy, {min(shares):.3f} of the signals (worst seed)"
     )
-    report.claim(f"{arm.name}_privileged", decide(passed, reason, about(gains), n))
+    claim("privileged", min(gains) > 0 and min(shares) > 0, reason, about(gains))
 
     # H3: the same in other seeds
-    ceiling = arm.ceiling(rng)
-    by_signal, means = arm.over_pairs(arm.native)
-    start, null = (
-        arm.over_pairs([dictionary.readable(lab.step0.net) for lab in arm.labs])[1],
-        arm.null_match(rng),
-    )
-    stable = float(np.mean([(part > PARTNER).mean() for part in by_signal]))
+    means, top = signals.means, signals.ceiling(rng)
+    start = signals.over_pairs([dictionary.readable(lab.step0.net) for lab in arm.labs])[1]
+    null = signals.null_match(rng)
     best = max(values["match"] for values in rival.values())
-    top = ceiling.clip(0).mean()
-    passed = means.mean() >= top / 2 and means.min() >= best + MARGIN and stable >= STABLE
-    reason = f"half of the ceiling is {top / 2:.3f}, the best rival has {best:.3f}"
-    reason += f", {stable:.0%} of the signals are above {PARTNER}"
-    controls = {"null": about(null), "step 0": about(start), "ceiling": about(ceiling)}
-    report.claim(f"{arm.name}_same", decide(passed, reason, about(means), len(means), "pairs", controls))
+    half = top.clip(0).mean() / 2
+    passed = means.mean() >= half and means.min() >= best + MARGIN and signals.stable >= STABLE
+    reason = f"half of the ceiling is {half:.3f}, the best rival has {best:.3f}"
+    reason += f", {signals.stable:.0%} of the signals are above {PARTNER}"
+    controls = {"null": about(null), "step 0": about(start), "ceiling": about(top)}
+    claim("same", passed, reason, about(means), n=len(means), unit="pairs", controls=controls)
 
     # H4: recoverable
     found = [
-        recovered(d, lab.words.counts, i, c.starts)
-        for i, (lab, d) in enumerate(zip(arm.labs, arm.native, strict=True))
+        recovered(d, lab.words.counts, signals.counts, i, c.starts)
+        for i, (lab, d) in enumerate(zip(arm.labs, signals.found, strict=True))
     ]
-    report.claim(
-        f"{arm.name}_recoverable",
-        decide(min(found) >= RECOVERED, f"the worst start and seed has {min(found):.3f}", about(found), n),
-    )
+    reason = f"the worst start and seed has {min(found):.3f}"
+    claim("recoverable", min(found) >= RECOVERED, reason, about(found))
 
     # H5: meaning, and H6: they act
-    abouts = [words.of(d) for d in arm.native]
+    abouts = [words.of(d) for d in signals.found]
     share = [float(part.found.mean()) for part in abouts]
     best = max(values["enriched"] for values in rival.values())
-    passed = min(share) >= RICHER * best
-    report.claim(f"{arm.name}_meaning", decide(passed, f"the best rival has {best:.3f}", about(share), n))
+    claim("meaning", min(share) >= RICHER * best, f"the best rival has {best:.3f}", about(share))
     ratios = [
-        effects(lab, d, part, words, rng) for lab, d, part in zip(arm.labs, arm.native, abouts, strict=True)
+        effects(lab, d, part, part.found, words, rng)
+        for lab, d, part in zip(arm.labs, signals.found, abouts, strict=True)
     ]
     strong = [
         float((ratio[~np.isnan(ratio)] >= STRONGER).mean()) if (~np.isnan(ratio)).any() else 0.0
         for ratio in ratios
     ]
-    passed = min(strong) >= 0.5
-    report.claim(
-        f"{arm.name}_act",
-        decide(passed, f"{np.mean(strong):.0%} of the signals that are about a category", about(strong), n),
-    )
+    reason = f"{np.mean(strong):.0%} of the signals that are about a category"
+    claim("act", min(strong) >= 0.5, reason, about(strong))
 
-    facts = []
-    for i, (match, part, ratio) in enumerate(zip(by_signal, abouts, ratios, strict=True)):
-        is_fact = (match > PARTNER) & part.found & (ratio >= STRONGER)
-        facts.append(
-            [
-                {"signal": int(s), "about": words.names[part.category[s]], "match": float(match[s])}
-                for s in np.flatnonzero(is_fact)
-            ]
-        )
-        report.row("facts", len(facts[-1]), model=arm.runs[i].name)
-        report.row("validation loss", arm.losses[i], model=arm.runs[i].name)
+    facts = signals.facts(words, abouts, rng, ratios)
+    for run, loss, part in zip(arm.runs, arm.losses, facts, strict=True):
+        report.row("facts", len(part), model=run.name)
+        report.row("validation loss", loss, model=run.name)
     return {
+        "losses": arm.losses.tolist(),
         "price": float(price.mean()),
         "match": float(means.mean()),
         "null": float(null.mean()),
         "step 0": float(start.mean()),
-        "ceiling": float(top),
-        "shared directions": int((ceiling > SHARED).sum()),
-        "stable": stable,
+        "ceiling": float(2 * half),
+        "shared directions": int((top > SHARED).sum()),
+        "stable": signals.stable,
         "recovered": float(np.mean(found)),
         "enriched": float(np.mean(share)),
         "act": float(np.mean(strong)),
@@ -425,10 +473,10 @@ def gallery(table, rival):
         lines.append(f"{arm:18}{cells}   {' '.join(map(str, numbers['facts']))}")
     for name, numbers in rival.items():
         cells = "".join(f"{numbers[key]:11.3f}" if key in numbers else f"{'':11}" for key in columns)
-        lines.append(f"{'dense, ' + name:18}{cells}".rstrip())
-    for arm, numbers in table.items():
+        lines.append(f"{'dense, ' + name:18}{cells}   {' '.join(map(str, numbers['facts']))}")
+    for name, numbers in (table | {f"dense, {name}": rival[name] for name in rival}).items():
         listed = [f"s{fact['signal']} {fact['about']}" for fact in numbers["list"]]
-        lines += [f"\nFacts of {arm}, seed 0: {', '.join(listed) or 'none'}"]
+        lines += [f"\nFacts of {name}, seed 0: {', '.join(listed) or 'none'}"]
     return "\n".join(lines)
 
 
