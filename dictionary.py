@@ -214,7 +214,7 @@ def pursue(rows, atoms, depth, worth=None, least=1, chunk=128):
             frame[:, k] = new
             index[part, k] = best
             gain[part, k] = along[:, 0] ** 2
-            if worth is not None and k + 1 >= least and (k + 1) % 8 == 0:
+            if worth is not None and k + 1 >= least and (k + 1) % 4 == 0:
                 goes_on = gain[part, k] >= worth[part]
                 part, rest, frame = part[goes_on], rest[goes_on], frame[goes_on]
                 if not len(part):
@@ -257,24 +257,31 @@ def least_squares(rows, atoms, index, n_kept, chunk=256):
     return codes
 
 
-def encode(rows, atoms, n_nonzero, weights):
-    """Codes (V, S) of rows (V, d) in atoms (S, d) of length 1, with n_nonzero entries a row on average.
+def encodings(rows, atoms, budgets, weights):
+    """Codes (V, S) of rows (V, d) in atoms (S, d) of length 1, one after the other, for each of `budgets`.
 
-    A row gets entries by how much they lower the error that `weights` (V,) weigh, at most twice as many. A
-    sixteenth of the rows tells beforehand what an entry must be worth, so that no row is followed much
-    further than it will be kept.
+    A budget is the number of entries a row, on average. A row gets entries by how much they lower the error
+    that `weights` (V,) weigh, at most twice as many. One pursuit serves all budgets. A sixteenth of the rows
+    tells beforehand what an entry must be worth, so that a row is followed little further than it is kept.
     """
-    depth = min(2 * n_nonzero, *atoms.shape)
-    n, least = min(n_nonzero, depth), max(1, n_nonzero // 8)
+    depth = min(2 * max(budgets), *atoms.shape)
+    plans = [(min(n, depth), max(1, n // 8)) for n in budgets]  # entries a row on average and at least
     worth = None
     if len(rows) >= 16 * 64:
         few = slice(None, None, 16)
         _, gain = pursue(rows[few], atoms, depth)
+        n, least = max(plans)
         _, last = share_out(gain * weights[few, None], n * len(gain), least)
-        worth = last / 2 / weights.clamp(min=1e-30)
-    index, gain = pursue(rows, atoms, depth, worth, least)
-    n_kept, _ = share_out(gain * weights[:, None], n * len(rows), least)
-    return least_squares(rows, atoms, index, n_kept)
+        worth = 0.9 * last / weights.clamp(min=1e-30)
+    index, gain = pursue(rows, atoms, depth, worth, max(plans)[1])
+    for n, least in plans:
+        n_kept, _ = share_out(gain * weights[:, None], n * len(rows), least)
+        yield least_squares(rows, atoms, index, n_kept)
+
+
+def encode(rows, atoms, n_nonzero, weights):
+    """`encodings` for one budget: codes (V, S)."""
+    return next(encodings(rows, atoms, [n_nonzero], weights))
 
 
 def best_atoms(rows, codes, weights):

@@ -119,18 +119,38 @@ def root(M):
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
-def sparse_codes(E, H, p, c):
-    """{"mean": (d,), "codes": (V, S), "atoms": (S, d)}, codes @ atoms close to E - mean as KL sees it."""
+@dataclass
+class Rows:
+    """The rows of E (V, d) as KL sees them: E = mean + rows @ back, close rows give close predictions."""
+
+    rows: torch.Tensor  # (V, d)
+    back: torch.Tensor  # (d, d)
+    mean: torch.Tensor  # (d,)
+    weights: torch.Tensor  # (V,): how much the error of a row counts
+
+    def matrix(self, codes, atoms):
+        """E (V, d) of codes (V, S) and atoms (S, d) of these rows."""
+        return self.mean + codes @ (atoms @ self.back)
+
+
+def rows_of(E, H, p):
+    """The Rows of E (V, d), from the `statistics` of a model."""
     d = E.size(1)
     E = E.double()
     mean = p.double() @ E / p.double().sum()
     M = d * H.double() / (2 * H.diagonal().double().sum()) + torch.eye(d, dtype=torch.float64) / 2
     there, back = root(M)
     weights = (p + p.mean() / 100).sqrt()  # a token that is never predicted is one, too
-    how = (c.n_signal or 4 * d, c.n_nonzero, weights, c.seed, c.starts, c.rounds, SAMPLE)
-    found = dictionary.sparse(((E - mean) @ there).float(), *how)
+    return Rows(((E - mean) @ there).float(), back.float(), mean.float(), weights)
+
+
+def sparse_codes(E, H, p, c):
+    """{"mean": (d,), "codes": (V, S), "atoms": (S, d)}, codes @ atoms close to E - mean as KL sees it."""
+    seen = rows_of(E, H, p)
+    how = (c.n_signal or 4 * E.size(1), c.n_nonzero, seen.weights, c.seed, c.starts, c.rounds, SAMPLE)
+    found = dictionary.sparse(seen.rows, *how)
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
-    return {"mean": mean.float(), "codes": found.codes, "atoms": (found.atoms.double() @ back).float()}
+    return {"mean": seen.mean, "codes": found.codes, "atoms": found.atoms @ seen.back}
 
 
 def with_recipes(net, config, found):
@@ -247,13 +267,16 @@ class Distillation:
 
 @torch.no_grad()
 def measure(net, E_new, windows, autocast):
-    """{quantity: nats per token} of the dense model with E_new (V, d) in place of its own.
+    """{quantity: (n,), nats per token of each window} of the dense model with E_new (V, d) for its own E.
 
     KL to the model as it is, with the new one at both ends and at one of them. windows (n, T + 1): ids.
     """
     n, E = net.config.n_tokens, net.vocab.matrix()
-    total = dict.fromkeys(("loss", "KL", "KL, input alone", "KL, output alone"), 0.0)
-    for ids in windows.to(E.device):
+    total = {
+        name: torch.zeros(len(windows), dtype=torch.float64)
+        for name in ("loss", "KL", "KL, input alone", "KL, output alone")
+    }
+    for i, ids in enumerate(windows.to(E.device)):
         with autocast():
             h = net.encode(ids[None, :-1])[0].float()  # (T, d)
             h_new = net.encode(ids[None, :-1], vocab=FixedVocab(E_new))[0].float()
@@ -266,10 +289,10 @@ def measure(net, E_new, windows, autocast):
                 ("KL, output alone", h, E_new),
             ):
                 log_q = (state[part] @ head[:n].T).log_softmax(-1)
-                total[name] += (p * (log_p - log_q)).double().sum().item()
+                total[name][i] += (p * (log_p - log_q)).double().sum().item() / len(h)
                 if name == "KL":
-                    total["loss"] -= log_q.gather(1, ids[1:][part, None]).double().sum().item()
-    return {name: value / (len(windows) * (windows.size(1) - 1)) for name, value in total.items()}
+                    total["loss"][i] -= log_q.gather(1, ids[1:][part, None]).double().sum().item() / len(h)
+    return total
 
 
 @torch.no_grad()
@@ -354,7 +377,8 @@ def upcycle(c, ckpt, to):
     rows = {}
 
     def note(name):
-        now = measure(net, student.vocab.matrix().detach(), held, autocast)
+        found = measure(net, student.vocab.matrix().detach(), held, autocast)
+        now = {quantity: values.mean().item() for quantity, values in found.items()}
         now["bits per byte"] = now["loss"] * test.tokens / test.bytes / math.log(2)
         rows[name] = now
         print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in now.items())}")

@@ -113,7 +113,12 @@ def test_the_study_at_toy_size(toy):
     assert {c.key for c in result.claims} == {
         f"{a}_{h}" for a in ("dense", "sparse", "anchors") for h in facts.HYPOTHESES
     }
-    assert result.numbers["protocol_sha256"] and set(result.numbers["rivals"]) >= {"E", "pca", "sparse", "anchors"}
+    assert result.numbers["protocol_sha256"] and set(result.numbers["rivals"]) >= {
+        "E",
+        "pca",
+        "sparse",
+        "anchors",
+    }
     arms = result.numbers["arms"]
     assert arms["dense"]["price"] == 0 and len(arms["sparse"]["facts"]) == 2
     claims = {c.key: c for c in result.claims}

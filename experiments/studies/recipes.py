@@ -1,0 +1,195 @@
+"""
+How few signals does a token of a trained model need, and of which dictionary?
+
+    python experiments/studies/recipes.py --run=out/smollm2
+    python experiments/studies/recipes.py --run=out/gpt2-new-nano --budgets=16,32
+
+Method
+    The recipes of a dense run are sparse codes of its E in the metric of upcycle.py, with a budget of entries
+    a row, on average over the matrix. All dictionaries share the metric, the pursuit and the budget; they
+    differ in their atoms: learned (dictionary.sparse), frequent rows of E, Gaussian atoms of the covariance
+    of the rows, those of a TopK autoencoder, NMF, ICA, PCA and the coordinates. The last three have d atoms,
+    the others --n_signal. The codes replace E at input and output; KL is that of the model with them to the
+    model as it is, on held-out windows of the lab's text. Nothing is distilled. Statistics are of --text.
+    Two halves of the vocabulary are given dictionaries of their own: atoms are signals of the model, not of
+    the fit, if the halves have the same ones. Unit: a window; an atom.
+
+Cost
+    With SmolLM2-135M about an hour of two cores.
+"""
+
+import contextlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import threads
+import numpy as np
+import torch
+
+import configurator
+import dictionary
+import upcycle
+from configurator import UserError
+from data.datasets import find_dataset
+from data.shards import Dataset
+from data.tokenizer import kept
+from dictionary import partners
+from experiments.lab import Lab, Report, Scores, sae
+from experiments.lab.report import run_experiment
+from hardware import one_thread
+
+CLAIMS = {
+    "learned": "at equal entries, recipes in learned atoms predict nearer to the model than in any rival's",
+    "halves": "two halves of the vocabulary have the same atoms, more than Gaussian rows have",
+}
+NMF_ROWS = 4096  # rows, at most, that NMF is fitted to
+HALF_ROUNDS = 6
+
+
+@dataclass
+class RecipesConfig:
+    text: str | None = None  # a prepared data set in the run's tokens to take statistics of; None: the lab's
+    tokens: int = 131_072  # of it
+    budgets: str = "32,64,128"  # entries a row, with commas
+    n_signal: int | None = None  # atoms; None: 4 n_embd
+    starts: int = 2  # random starts of the learned dictionary
+    rounds: int = 12  # of it
+    windows: int = 48  # of held-out text
+    length: int = 128  # tokens of a window
+    steps: int = 2000  # of the autoencoder
+
+    def __post_init__(self):
+        self.n_entries = sorted({int(n) for n in self.budgets.split(",") if n.strip().isdigit()})
+        if not self.n_entries or self.n_entries[0] < 1:
+            raise ValueError(f"--budgets={self.budgets}: give numbers of entries, for example 32,64,128")
+        configurator.check(
+            self, "tokens >= 1024", "starts >= 1", "rounds >= 1", "windows >= 1", "length >= 8"
+        )
+
+
+@one_thread()
+def positive_parts(seen, n_atoms, seed):
+    """Atoms (n_atoms, d) of the rows' positive and negative parts, side by side (NMF; Lee & Seung, 1999)."""
+    from sklearn.decomposition import MiniBatchNMF
+
+    some = seen.weights.topk(min(NMF_ROWS, len(seen.rows))).indices
+    rows = seen.rows[some]
+    both = torch.cat([rows.clamp(min=0), (-rows).clamp(min=0)], 1).numpy()  # (n, 2 d)
+    n = min(n_atoms, len(rows))
+    nmf = MiniBatchNMF(n, batch_size=1024, max_iter=20, random_state=seed, tol=0).fit(both)
+    up, down = torch.from_numpy(nmf.components_).float().chunk(2, dim=1)  # (n_atoms, d)
+    return torch.nn.functional.normalize(up - down, dim=1)
+
+
+def gaussian(rows, n, generator):
+    """n random rows (n, d) with the covariance of rows (V, d)."""
+    d = rows.size(1)
+    covariance = torch.cov(rows.T) + 1e-8 * torch.eye(d)
+    return torch.randn(n, d, generator=generator) @ torch.linalg.cholesky(covariance).T
+
+
+def all_atoms(seen, c, seed):
+    """({name: atoms (S, d) of length 1} of the Rows of E, learned ones and rivals; what the fit says)."""
+    d = seen.rows.size(1)
+    S, n = c.n_signal or 4 * d, sorted(c.n_entries)[len(c.n_entries) // 2]
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    often = seen.weights.topk(min(upcycle.SAMPLE, len(seen.rows))).indices.sort().values
+    learned = dictionary.sparse(seen.rows, S, n, seen.weights, seed, c.starts, c.rounds, upcycle.SAMPLE)
+    encoder = sae.train(seen.rows, seen.weights, S, n, c.steps, seed=seed)
+    found = {
+        "learned": learned.atoms,
+        "tokens": unit(seen.rows[seen.weights.topk(min(S, len(seen.rows))).indices], dim=1),
+        "Gaussian": unit(gaussian(seen.rows, S, generator), dim=1),
+        "autoencoder": encoder.atoms.detach(),
+        "NMF": positive_parts(seen, S, seed),
+        "PCA": dictionary.pca(seen.rows, often).atoms,
+        "coordinates": unit(torch.linalg.inv(seen.back.double()).float(), dim=1),
+    }
+    with contextlib.suppress(UserError):
+        found["ICA"] = dictionary.ica(seen.rows, often, seed).atoms
+    return found, learned.fit
+
+
+def halves(seen, c, seed):
+    """How alike atoms of two halves of the rows are: |cosine| of partners, (S,); the same of Gaussian rows."""
+    S, n = c.n_signal or 4 * seen.rows.size(1), sorted(c.n_entries)[len(c.n_entries) // 2]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(seen.rows), generator=generator)
+    found = []
+    for rows in (seen.rows, gaussian(seen.rows, len(seen.rows), generator)):
+        parts = []
+        for i, half in enumerate(order.chunk(2)):
+            some = (rows[half], S, n, seen.weights[half], seed + i, 1, HALF_ROUNDS, upcycle.SAMPLE // 2)
+            parts.append(dictionary.sparse(*some).atoms)
+        found.append(partners(*parts))
+    return found
+
+
+def statistics(lab, c):
+    """The Rows of E of the lab's model, in the metric of `c.text`."""
+    net, ckpt = lab.model.net, lab.checkpoint
+    tokenizer = kept(ckpt.path, ckpt.state)
+    folder = find_dataset(c.text, tokenizer) if c.text else lab.text
+    text = Dataset(folder, "train", min(256, net.config.block_size))
+    text.check_tokenizer(tokenizer, ckpt.path)
+    windows = text.batch(0, max(1, min(c.tokens // text.block_size, text.n_windows)), 0)[0]
+    E = net.vocab.matrix().detach().float().cpu()[: net.config.n_tokens]
+    return upcycle.rows_of(E, *upcycle.statistics(upcycle.read(net, windows, contextlib.nullcontext), E))
+
+
+def run(lab: Lab, c: RecipesConfig) -> Report:
+    report = Report(lab, "recipes", CLAIMS)
+    net = lab.model.net
+    if net.config.vocab != "dense":
+        raise UserError(
+            f"{lab.model.name} has the vocabulary {net.config.vocab}: only a dense one can be coded"
+        )
+    seen = statistics(lab, c)
+    atoms, fit = all_atoms(seen, c, 0)
+    report.numbers["fit"] = fit
+    x, y = lab.heldout(c.windows, min(c.length, net.config.block_size))
+    held = torch.cat([x, y[:, -1:]], 1)  # (n, T + 1)
+    kl = {n: {} for n in c.n_entries}
+    for name, own in atoms.items():
+        codes_of = dictionary.encodings(seen.rows, own, c.n_entries, seen.weights)
+        for n, codes in zip(c.n_entries, codes_of, strict=True):
+            E = seen.matrix(codes, own)
+            found = upcycle.measure(net, E, held, contextlib.nullcontext)
+            kl[n][name] = found["KL"].numpy()
+            where = {"dictionary": name, "n_signals": n}
+            for quantity, values in found.items():
+                report.row(quantity, values.mean().item(), **where)
+            report.row("missed", dictionary.fit_of(seen.rows, codes, own, seen.weights)["missed"], **where)
+            report.row("explained", upcycle.explained(net, E, held, contextlib.nullcontext), **where)
+    scores = {}
+    for n, found in kl.items():
+        scores[f"{n} entries"] = Scores({"native": found.pop("learned")} | found)
+    report.effect("learned", scores, "windows", lower=True)
+    own, null = halves(seen, c, 0)
+    report.effect("halves", Scores({"native": own, "Gaussian": null}), "atoms")
+    report.numbers["KL"] = {n: part.means() for n, part in scores.items()}
+    report.numbers["halves"] = {"match": float(own.mean()), "above .9": float((own > 0.9).mean())}
+    draw(report, scores, c)
+    return report
+
+
+def draw(report, scores, c):
+    """KL against entries, a line for each dictionary."""
+    parts = [part.means() for part in scores.values()]
+    best = math.exp(np.mean([np.log(part["native"]) for part in parts]))
+    title = f"KL to the model as it is, learned atoms: {best:.2f} nats (geometric mean over budgets)"
+    with report.figure("recipes", title, size=(5.5, 3.6)) as ax:
+        for name in parts[0]:
+            label = "learned" if name == "native" else name
+            ax.plot(c.n_entries, [part[name] for part in parts], "o-", label=label)
+        ax.set(xlabel="entries of a recipe, mean", ylabel="KL, nats per token", xscale="log", yscale="log")
+        ax.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    run_experiment(run, RecipesConfig)
