@@ -116,7 +116,7 @@ def all_atoms(seen, c, seed):
 
 
 def halves(seen, c, seed):
-    """How alike atoms of two halves of the rows are: |cosine| of partners, (S,); the same of Gaussian rows."""
+    """How alike atoms of two halves of the rows are: [|cosine| of partners (S,), that of Gaussian rows]."""
     S, n = c.n_signal or 4 * seen.rows.size(1), sorted(c.n_entries)[len(c.n_entries) // 2]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(seen.rows), generator=generator)
