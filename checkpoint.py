@@ -398,8 +398,8 @@ def open_run(run=None, out="out"):
 
 
 def to_fp32(weight):
-    """A weight in fp32; places of entries, which are integers, as they are."""
-    return weight.float() if weight.is_floating_point() else weight
+    """A weight in fp32; places of entries, which are integers, in 32 bits."""
+    return weight.float() if weight.is_floating_point() else weight.int()
 
 
 def build_model(config, weights, source="the model"):
@@ -432,4 +432,38 @@ def load_model(step, device="cpu", verified=False):
         config = ModelConfig(**state["config"]["model"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{step} does not fit this version of reFlow: {error}") from None
-    return build_model(config, load_tensors(step / "model.safetensors", device), step), state
+    weights = load_tensors(step / WEIGHTS[0], device)
+    if "base" in state:
+        theirs = base_weights(step, state["base"], device, verified)
+        with torch.device("meta"):
+            names = ReFlow(config).state_dict().keys()
+        weights = {name: theirs[name] for name in names if name in theirs} | weights
+    return build_model(config, weights, step), state
+
+
+def base_weights(step, base, device, verified):
+    """The weights of the run that a release at `step` shares its blocks with. Raises UserError.
+
+    It is found by its name, under out/ here or in this repository.
+    """
+    for out in (Path("out"), RELEASES.parent / "out"):
+        if not (out / base["run"]).is_dir():
+            continue
+        found = open_run(out / base["run"])
+        same_file = found.state.get("sha256", {}).get(WEIGHTS[0]) == base["sha256"]
+        origin = found.train_config.get("imported_from")
+        if not same_file and (origin is None or origin != base["imported_from"]):
+            raise UserError(f"{step} was made with another {shortest(found.run)} than the one that is here")
+        if verified:
+            verify(found.path, found.state, WEIGHTS[:1])
+        return load_tensors(found.weights, device)
+    raise UserError(
+        f"{step} shares its blocks with a run: {remedy_of_base(base['run'], base['imported_from'])}"
+    )
+
+
+def remedy_of_base(run, imported_from):
+    """How to get the run that a release shares its blocks with."""
+    if imported_from is None:
+        return f"put it at out/{run}"
+    return f"make it with: python export.py --from={imported_from.partition(':')[0]} --to=out/{run}"

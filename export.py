@@ -11,6 +11,7 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=sparse --to=out/sparse  with sparse recipes
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=anchors --to=out/a   the same over tokens
     python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
+    python export.py --run=out/reflow-smol --form=reflow --dtype=fp16 --base=out/smollm2 --to=release/smol
 
 What --from and --factor write is a run like any other: sample.py, the experiments and `train.py --init_from`
 take it. One with sparse recipes is close to the dense run, not equal. `train.py --out_dir=out/sparse
@@ -57,6 +58,7 @@ class ExportConfig:
     from_: str | None = None  # --from=...: a Hugging Face Llama folder, a GGUF file, smollm2, a reference .pt
     form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
+    base: str | None = None  # --form=reflow: weights that this run has, too, are left out; it must be there
     vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
     factor: Factor | None = None  # how a dense E is written; anchors: sparse, its signals are frequent tokens
     n_signal: int | None = None  # --factor=sparse, anchors: signals; None: 4 n_embd
@@ -77,6 +79,8 @@ class ExportConfig:
             )
         if self.dtype == "q8_0" and self.form != "gguf":
             raise ValueError("--dtype=q8_0 is for --form=gguf")
+        if self.base is not None and self.form != "reflow":
+            raise ValueError("--base is for --form=reflow")
         if self.vector is not None and self.form != "gguf":
             raise ValueError("--vector is for --form=gguf")
         if self.form == "gguf" and not self.to.endswith(".gguf"):
@@ -251,7 +255,7 @@ def main():
         elif c.form == "gguf":
             write_gguf(ckpt, to, c.dtype)
         else:
-            write_release(ckpt, to, c.dtype)
+            write_release(ckpt, to, c.dtype, checkpoint.open_run(c.base) if c.base else None)
     print(f"wrote {to}")
 
 

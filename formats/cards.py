@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import checkpoint
 from data.datasets import dataset_of
 from data.shards import read_name
 
@@ -24,7 +25,7 @@ A reFlow language model, {vocabulary}: {parameters:,} parameters,
 - A research model: it has no safety training and knows no facts worth relying on.
 
 {usage}
-Written by `python export.py --run={source} --form={form} --dtype={dtype} --to={folder}`.
+Written by `python export.py --run={source} --form={form} --dtype={dtype}{base} --to={folder}`.
 """
 
 LLAMA = """\
@@ -146,13 +147,17 @@ def front_matter(data):
     return "\n".join(["---", *lines, "---", "", ""])
 
 
-def model_card(ckpt, net, to, form, dtype):
+def model_card(ckpt, net, to, form, dtype, base=None):
     """README.md for the Checkpoint `ckpt`, loaded as `net`, written to the folder `to`.
 
     `form` is "llama" or "reflow", `dtype` the precision of the weights, as --form and --dtype spell them.
+    `base`: the Checkpoint that has the weights which are left out.
     """
     config = net.config
     usage = RELEASE if form == "reflow" else LLAMA
+    if base:
+        make = checkpoint.remedy_of_base(base.name, base.train_config.get("imported_from"))
+        usage = f"The blocks are those of the run {base.name}, which must be here: {make}.\n\n" + usage
     if form == "llama" and config.vocab != "dense":
         usage += SIGNALS
     source = ckpt.path
@@ -172,5 +177,6 @@ def model_card(ckpt, net, to, form, dtype):
         "rounded": "" if dtype == "fp32" else ", before the weights were rounded",
         "usage": usage.format(**names),
         "source": source,
+        "base": f" --base=out/{base.name}" if base else "",
     }
     return CARD.format(**asdict(config) | names | facts)

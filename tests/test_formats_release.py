@@ -24,7 +24,7 @@ def test_a_release_is_a_run(kind, tmp_path, monkeypatch, capsys):
         go(f"--run={run}", "--form=reflow", "--dtype=fp16", f"--to={to}")
     assert {p.name for p in to.iterdir()} == {"model.safetensors", "state.json", "README.md"}
     size = sum(p.numel() for p in model.parameters()) * 2
-    size += sum(b.numel() for b in model.buffers()) * 4  # places are integers
+    size += sum(b.numel() for b in model.buffers()) * 2  # places are integers
     assert size <= (to / "model.safetensors").stat().st_size < size + 10_000
     found, state = checkpoint.load_model(checkpoint.find(to))
     for (name, a), b in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
@@ -54,3 +54,35 @@ def test_a_release_brings_its_counts(tmp_path):
         released = checkpoint.open_run(tmp_path / folder)
         found = run_words(released.path, released.state).counts
         assert found.sum() > 1000 and (found == expected).all(), folder
+
+
+def test_a_release_with_a_base_has_only_what_is_its_own(tmp_path, monkeypatch):
+    """The blocks come from the run that has them; an error says what to do if it is not there."""
+    monkeypatch.chdir(tmp_path)
+    dense, own = random_model("dense"), random_model("sparse", seed=1)
+    for part in ("blocks", "norm"):
+        getattr(own, part).load_state_dict(getattr(dense, part).state_dict())
+    base = save(dense, tmp_path / "out" / "base", imported_from="smollm2: some/file.gguf")
+    run, to = save(own, tmp_path / "run"), tmp_path / "release"
+    go(f"--run={run}", "--form=reflow", "--dtype=fp16", f"--base={base}", f"--to={to}")
+    written = checkpoint.load_tensors(to / "model.safetensors")
+    assert set(written) == {name for name in own.state_dict() if name.startswith("vocab.")}
+    found, _ = checkpoint.load_model(checkpoint.find(to), verified=True)
+    for name, weight in own.state_dict().items():
+        ours = name.startswith("vocab.") and weight.is_floating_point()
+        assert torch.equal(found.state_dict()[name], weight.half().float() if ours else weight), name
+    go(f"--run={to}", "--prompt=a", "--max_new_tokens=2", main=sample.main)
+    assert "--from=smollm2 --to=out/base" in (to / "README.md").read_text(encoding="utf-8")
+
+    path = base / "step_000000" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["train"]["imported_from"] = "another"
+    path.write_text(json.dumps(state | {"sha256": {"model.safetensors": "0"}}))
+    with pytest.raises(UserError, match="made with another out/base"):
+        checkpoint.load_model(checkpoint.find(to))
+    base.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="python export.py --from=smollm2 --to=out/base"):
+        checkpoint.load_model(checkpoint.find(to))
+    other = save(random_model("dense", seed=5), tmp_path / "other")
+    with pytest.raises(UserError, match="no weight in common"):
+        go(f"--run={run}", "--form=reflow", f"--base={other}", f"--to={tmp_path / 'no'}")
