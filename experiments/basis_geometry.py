@@ -21,6 +21,9 @@ Method
     all their 99 rotations, so the notes have an exact two-sided randomisation p (at least 1/100), by the
     distance from the mean of all hundred; the same for a plain GPT.
 
+    Recovery: ICA of E, or sparse codes where S > d, from two starts. |correlation| of a signal's recipes with
+    those of its partner, mean over signals, log frequency regressed out; of the worse start.
+
     Unit of movement: a row of the basis; of kurtosis: a token seen in training.
 
 Cost
@@ -29,6 +32,7 @@ Cost
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +42,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError
+from data.words import SHOWN_COUNT
+from dictionary import readable
 from experiments.lab import Lab, Report, Scores, run_experiment
 from experiments.lab.claims import missing, to_numpy
 from experiments.lab.factorization import (
@@ -52,6 +59,7 @@ from experiments.lab.factorization import (
     welch,
     without_rounding,
 )
+from experiments.lab.matching import RECOVERED, recovered
 from experiments.lab.plots import COLOURS, plot_dot
 from experiments.lab.spaces import POOL, less_shared
 from experiments.lab.stats import kurtosis, two_sided
@@ -63,6 +71,7 @@ CLAIMS = {
 PUBLISHED = '"continuous, low-redundancy" basis, no numbers (464M, OpenWebText)'
 DIRECTIONS = 1 / 16  # of d: the main directions of movement
 N_ALONE = 19  # draws of independent movement
+STARTS = 2  # of the method that looks for the signals in E
 N_GAUGES = 99  # rotations that the kurtosis is compared with
 TOKENS = 2000  # whose kurtosis is measured
 PAIRS_OF = 1000  # tokens whose cosines are compared in recipes and in E
@@ -169,6 +178,13 @@ def run(lab: Lab, config=None) -> Report:
         report.scores("row kurtosis", scores, model=name)
         report.row("row kurtosis p, two-sided", p, model=name, dictionary="native")
 
+    # Whether an independent method finds the signals in E.
+    signals, counts = readable(lab.model.net), lab.words.counts
+    if (counts >= SHOWN_COUNT).sum() >= 2 * signals.n_signals:
+        with suppress(UserError):
+            most = max(4096, 2 * signals.n_signals)
+            report.numbers["recovered"] = recovered(signals, counts, lab.seed, STARTS, most=most)
+
     some = lab.model.dictionary.part(tokens[:PAIRS_OF])
     correlation, difference = agreement(some.codes, some.matrix())
     report.numbers |= {
@@ -191,7 +207,13 @@ def notes(numbers):
     """Sentences about the shape, and the two-sided p of every model."""
     basis, cosine, drift = numbers["shape"]["basis"], numbers["recipe_and_E_cosine"], numbers["drift"]
     p = {name: f"{found['p_two_sided']:.2f}" for name, found in numbers["row_kurtosis"].items()}
+    match = numbers.get("recovered")
+    recovery = f"Too few tokens were seen {SHOWN_COUNT} times to look for the signals in E anew."
+    if match is not None:
+        verdict = "recoverable" if match >= RECOVERED else "not recoverable"
+        recovery = f"Signals found in E anew match at {match:.3f}: {verdict} (limit {RECOVERED})."
     return [
+        recovery,
         f"|G - cI| / |G| = {basis['anisotropy']:.3f}. Least possible coherence {numbers['welch_bound']:.3f}. "
         f"Cosines of recipes and of E, pairs of {PAIRS_OF:,} tokens: correlation "
         f"{cosine['correlation']:.3f}, mean difference {cosine['mean_difference']:.3f}.",

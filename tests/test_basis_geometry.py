@@ -81,6 +81,7 @@ def test_a_privileged_basis_that_training_moved_is_found(tmp_path, text):
     assert report["privileged"].n_gauges == 99 and report["privileged"].p == pytest.approx(0.01)
     assert report.numbers["row_kurtosis"]["reflow"]["p_two_sided"] == pytest.approx(0.01)
     assert 0.2 < report.numbers["shape"]["basis"]["energy unseen"] < 0.8
+    assert any("Too few tokens" in note for note in report.notes) and "recovered" not in report.numbers
     assert report.numbers["signals"] == 64 and report.numbers["n_embd"] == 32
 
 

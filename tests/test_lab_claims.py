@@ -16,6 +16,34 @@ def test_scores_hold_numpy_values_whatever_they_are_given():
     assert scores.gauges.shape == (2, 3)
 
 
+def test_three_questions_are_told_apart():
+    """What ICA of the own E does as well can be privileged and worth training for; random signals are not;
+    what the plain GPT's ICA does as well was not worth training for. Of two ways the weaker one counts."""
+    rng = np.random.default_rng(0)
+
+    def noise():
+        return 0.1 * rng.standard_normal(40)
+
+    found = {"native": 1 + noise(), "pca": noise(), "ica": 1 + noise(), "baseline": noise()}
+    gauges = rng.standard_normal((19, 40)) * 0.1
+    fields = signals(Scores(found, gauges), "words")
+    asked = {question: part.verdict for question, part in fields["questions"].items()}
+    assert fields["verdict"] == "not supported"
+    assert asked == {"privileged": "supported", "worth training for": "supported"}
+
+    rival = signals(Scores(found | {"baseline ica": 1.05 + noise()}, gauges), "words")
+    assert rival["questions"]["worth training for"].verdict == "not supported"
+    random = signals(Scores(found, gauges + 1), "words")
+    assert random["questions"]["privileged"].verdict == "not supported"
+    alone = signals(Scores({"native": found["native"], "pca": found["pca"]}, gauges), "words")
+    assert alone["questions"]["worth training for"].verdict == "inconclusive"
+    few = signals(Scores(found, gauges[:3]), "words")
+    assert few["questions"]["privileged"].verdict == "inconclusive"
+    both = weaker({"one": fields, "other": rival})["questions"]
+    assert both["privileged"].verdict == "supported"
+    assert both["worth training for"].verdict == "not supported"
+
+
 def test_rivals_are_all_but_the_native_values():
     scores = Scores({"native": [1], "pca": [2], "baseline": [3]}, gauges=[[4]])
     assert {name: values.tolist() for name, values in scores.rivals.items()} == {"pca": [2], "baseline": [3]}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dictionary import random_orthogonal
-from experiments.lab.matching import SHARED, freed, matches, null_matches, shared_directions
+from dictionary import Dictionary, random_orthogonal
+from experiments.lab.matching import SHARED, freed, matches, null_matches, recovered, shared_directions
 from experiments.lab.stats import exchanged
 
 V, S = 3000, 24
@@ -75,3 +75,19 @@ def test_an_exchange_stays_within_octaves(rng, counts):
     assert sorted(moved) == list(range(V)) and (moved != np.arange(V)).mean() > 0.9
     ratio = np.maximum(counts, 0.5) / np.maximum(counts[moved], 0.5)
     assert 0.5 <= ratio.min() and ratio.max() <= 2
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_signals_with_axes_are_found_in_their_product_and_those_without_are_not(wide):
+    """By ICA of as many independent sources as dimensions, by sparse codes where signals are more."""
+    generator = torch.Generator().manual_seed(0)
+    n, S, d = 2000, 24 if wide else 16, 16
+    places = torch.rand(n, S, generator=generator) < 0.1
+    sparse_codes = torch.randn(n, S, generator=generator) * places
+    basis = torch.nn.functional.normalize(torch.randn(S, d, generator=generator), dim=1)
+    counts = np.full(n, 200) + np.arange(n)
+    found = recovered(Dictionary("native", sparse_codes, basis), counts, 0, 2)
+    blind = Dictionary("native", torch.randn(n, S, generator=generator), basis)
+    assert found > 0.8 > 0.6 > recovered(blind, counts, 0, 1)
+    left_out = np.where(np.arange(n) < 1000, 0, counts)
+    assert recovered(Dictionary("native", sparse_codes, basis), counts, 0, 1, left_out, most=1500) > 0.7

@@ -6,7 +6,10 @@ Scores, and the rules that turn them into verdicts.
               above zero.
     signals   The learned dictionary is special. It must beat all but 5 % of at least 19 random changes of
               itself that leave the model's function as it is: if it were one of them, that had a probability
-              of 5 %. And it must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does.
+              of 5 %. And it must beat every rival (PCA, ICA, the plain GPT, ...) as an effect does. Two parts
+              of this are given apart. Privileged: it beats the random changes and PCA of its own E. Worth
+              training for: it beats every dictionary of the plain GPT. That ICA of its own E does as well
+              counts against a claim, and not against these two: then its signals can be recovered from E.
     gauge     A description: the value in this gauge, in rival spaces, and its range over random gauges. What
               depends on the gauge through cosines alone cannot see axes, so there is no p and no verdict.
 
@@ -152,8 +155,27 @@ def signals(scores, unit, against=None, groups=None, lower=False, clusters=None)
     else:
         also = f"; {found['reason']}" if found["controls"] else ""
         verdict, reason = "supported", f"{ranked}{also}"
+
+    def asked(rivals, first=None):
+        """The Outcome of a part of the claim: against some rivals, if it is not decided before."""
+        part = effect(scores, unit, [name for name in rivals if name in scores], groups, lower, clusters)
+        fields = {key: part[key] for key in ("verdict", "reason", "measured", "gain", "weakest")}
+        if not part["controls"]:
+            fields["reason"] = "none of these was measured"
+        if first is not None and (first[0] != "supported" or not part["controls"]):
+            fields |= {"verdict": first[0], "reason": first[1]}
+        return Outcome(**fields)
+
+    if n_gauges < N_GAUGES or found["n"] < LEAST_UNITS:
+        ranking = ("inconclusive", reason)
+    else:
+        ranking = ("supported" if beats else "not supported", ranked)
     return found | {
         "kind": "signals",
+        "questions": {
+            "privileged": asked(["pca"], ranking),
+            "worth training for": asked([name for name in scores if name.startswith("baseline")]),
+        },
         "verdict": verdict,
         "reason": reason,
         "gauge": scores.gauge,
@@ -206,7 +228,13 @@ def weaker(outcomes):
     weakest = min(outcomes, key=strength)
     parts = [f"{name}: {found['verdict']}, {found['reason']}" for name, found in outcomes.items()]
     also = {name: Outcome(**{key: found.get(key) for key in OUTCOME}) for name, found in outcomes.items()}
-    return outcomes[weakest] | {"reason": ". ".join(parts), "outcomes": also, "decided_by": weakest}
+    fields = outcomes[weakest] | {"reason": ". ".join(parts), "outcomes": also, "decided_by": weakest}
+    if asked := [found["questions"] for found in outcomes.values() if "questions" in found]:
+        fields["questions"] = {
+            question: min((part[question] for part in asked), key=lambda o: VERDICTS.index(o.verdict))
+            for question in asked[0]
+        }
+    return fields
 
 
 def below(values, limit, unit, controls=None):

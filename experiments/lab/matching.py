@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from data.words import SHOWN_COUNT
-from dictionary import partners, random_orthogonal
+from dictionary import ica, partners, random_orthogonal, sparse
 from experiments.lab.stats import exchanged, regress_out
 
 SHARED = 0.5  # a signal, or a direction of E, with a larger correlation counts as shared
+RECOVERED = 0.7  # mean match from which an independent method has found the signals
 RIDGE = 0.1  # of the mean variance of a direction
 
 
@@ -52,6 +53,27 @@ def null_matches(a, b, counts, rng, null, draws=19):
             changed = b[exchanged(counts, rng)]
         found.append(matches(a, changed, counts))
     return np.stack(found)
+
+
+def recovered(d, counts, seed, starts, compared=None, most=None):
+    """Mean match of a Dictionary's signals with those found in its product anew, the worst of the starts.
+
+    By ICA, or by sparse codes (of at most `most` rows) where there are more signals than dimensions. Tokens
+    weigh by counts (V,); `compared` (V,): other counts for the match, zero for tokens that are left out.
+    """
+    E = d.matrix()
+    often = torch.from_numpy(np.flatnonzero(counts >= SHOWN_COUNT))
+    found = []
+    for start in range(starts):
+        if d.n_signals > E.size(1):
+            n = round(float((d.codes != 0).sum()) / len(d.codes))
+            weights = torch.from_numpy(counts + 1.0)
+            other = sparse(E, d.n_signals, n, weights, seed * 100 + start + 1, starts=1, most=most)
+        else:
+            other = ica(E, often, seed * 100 + start + 1)
+        ours, theirs = (part.codes.detach().cpu().double().numpy() for part in (d, other))
+        found.append(matches(ours, theirs, counts if compared is None else compared).mean())
+    return min(found)
 
 
 def inverse_root(x):

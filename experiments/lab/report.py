@@ -282,6 +282,8 @@ def table(result):
         of = " of one model" if result.runs is None else ""
         decided = f"  -> {claim.verdict}: {claim.reason} (n = {claim.n} {claim.unit}{of})"
         lines += textwrap.wrap(decided, 104, subsequent_indent="     ") if claim.outcomes else [decided]
+        for question, outcome in claim.questions.items():
+            lines.append(f"     {question}: {outcome.verdict}: {outcome.reason}")
     if result.gallery:
         lines += ["", result.gallery.rstrip()]
     for note in result.notes:

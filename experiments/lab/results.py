@@ -116,6 +116,8 @@ class Claim:
     """Of a claim that must hold in several measurements: each of them, by name."""
     decided_by: str | None = None
     """Which outcome is the weakest: the claim's other fields are of that one."""
+    questions: dict[str, Outcome] = field(default_factory=dict)
+    """signals: parts of the claim, see lab/claims.py: "privileged", "worth training for"."""
     published: str = ""
     """The value that the reference system reports, with its scale, for orientation."""
 
