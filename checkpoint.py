@@ -75,9 +75,12 @@ def whole_folder(final):
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in temporary.iterdir():
-                file.chmod(temporary.stat().st_mode & 0o666)  # safetensors' are private, whatever the umask
-                flush(file)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    path.chmod(
+                        temporary.stat().st_mode & 0o666
+                    )  # safetensors' are private, whatever the umask
+                flush(path)
             flush(temporary)
             shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
             os.rename(temporary, final)

