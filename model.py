@@ -177,11 +177,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, codes, targets, grad_scale, chunk, with_grad):
         exact = torch.promote_types(z.dtype, torch.float32)
+        for_codes = with_grad and ctx.needs_input_grad[1]  # frozen recipes need none
         weight = codes.to(z.dtype)  # once, not once a chunk
         n_valid = (targets != IGNORE).sum().clamp(min=1).to(exact)
         loss = torch.zeros((), dtype=exact, device=z.device)
         if with_grad:
             grad_z = torch.empty_like(z)
+        if for_codes:
             grad_codes = (torch.empty_like if len(z) else torch.zeros_like)(codes, dtype=exact)
         # All chunks share buffers: on a CPU, fresh memory for each would cost a tenth of the time. There, the
         # probabilities of few rows at a time stay in the cache.
@@ -197,9 +199,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 loss += to_gradient(few, few_y, scale if with_grad else None, p[: len(few)])
             if with_grad:
                 torch.mm(logits, weight, out=grad_z[start : start + chunk])
+            if for_codes:
                 add_product(grad_codes, logits.T, z_c, first=start == 0)
         if with_grad:
-            ctx.grads, ctx.grad_scale = (grad_z, grad_codes.to(codes.dtype)), grad_scale
+            grad_codes = grad_codes.to(codes.dtype) if for_codes else None
+            ctx.grads, ctx.grad_scale = (grad_z, grad_codes), grad_scale
         return loss / n_valid
 
     @staticmethod
@@ -210,7 +214,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         (grad_z, grad_codes), ctx.grads = ctx.grads, None
         factor = upstream / ctx.grad_scale
         if factor != 1:
-            grad_z, grad_codes = grad_z.mul_(factor), grad_codes.mul_(factor)
+            grad_z = grad_z.mul_(factor)
+            grad_codes = None if grad_codes is None else grad_codes.mul_(factor)
         return grad_z, grad_codes, None, None, None, None
 
 

@@ -4,6 +4,7 @@ Train a reFlow model.
     python train.py                               the nano model on the embedded corpus
     python train.py config/reflow_1.py --dry_run  what a run needs; trains nothing
     python train.py --init_from=out/reflow-nano --out_dir=out/tuned --dataset=books       fine-tune a run
+    python train.py --recipes_from=out/reflow-nano --recipe_rate=0 --out_dir=out/student  another's recipes
     python train.py --out_dir=out/tuned --resume  go on after a kill, on a CPU with the same bits; else start
 
     torchrun --standalone --nproc_per_node=4 train.py config/reflow_1.py        four GPUs; several machines:
@@ -85,6 +86,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile the blocks, if a trial step agrees with the plain one
     logger: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # beside metrics.jsonl
     init_from: str | None = None  # start from the model of this run, or of one of its step_... folders
+    recipes_from: str | None = None  # take the recipes of this run, and its kind of vocabulary and tokens
+    recipe_rate: float = 1.0  # times the learning rate, for recipes; 0: they stay as they are
     resume: bool = False  # go on from the newest whole checkpoint in out_dir, with its settings
     verify_data: bool = False  # check every shard's SHA-256 first
     profile: bool = False  # write a torch.profiler trace of three steps to out_dir/trace.json
@@ -96,7 +99,9 @@ class TrainConfig:
         check(self, *(f"{name} >= 1" for name in f"{counts} log_interval max_bad_steps".split()))
         check(self, "save_interval % eval_interval == 0", "0 <= warmup_steps <= max_steps", SEED)
         check(self, "0 <= lr <= 100", "0 <= min_lr <= 100", "0 <= beta1 < 1", "0 <= beta2 < 1")
-        check(self, "0 <= weight_decay <= 100", "grad_clip >= 0")
+        check(self, "0 <= weight_decay <= 100", "grad_clip >= 0", "0 <= recipe_rate <= 100")
+        if self.init_from is not None and self.recipes_from is not None:
+            raise ValueError("--init_from takes the recipes, too: leave out --recipes_from")
 
 
 # Settings that change the loss curve: --resume accepts another value and prints the change.
@@ -104,6 +109,20 @@ CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_deca
 CURVE |= {"grad_clip", "seed", "dtype"}
 
 
+VOCABULARY = (
+    "vocab",
+    "n_signal",
+    "top_k",
+    "n_nonzero",
+    "n_core",
+    "vocab_size",
+    "n_token",
+)  # of a ModelConfig
+RECIPES = (
+    "recipe",
+    "value",
+    "core",
+)  # parameters of vocabularies that hold recipes; basis rows are no recipes
 GAIN_RATE = 10.0  # times the learning rate, for gains of signals: at 1 they hardly change (LOG.md)
 
 
@@ -143,6 +162,11 @@ class Together:
             part.zero_grad(set_to_none)
 
 
+def recipe_parameters(model):
+    """The parameters that hold the recipes of a ReFlow."""
+    return [p for name, p in model.vocab.named_parameters() if name in RECIPES]
+
+
 def make_optimizer(model, c, device):
     """AdamW (Loshchilov & Hutter, 2019), fused where that exists, with weight decay on matrices only.
 
@@ -159,6 +183,12 @@ def make_optimizer(model, c, device):
     if gains := list(getattr(model.vocab, "gain", ())):
         groups[1]["params"] = [p for p in groups[1]["params"] if all(p is not gain for gain in gains)]
         groups.append({"params": gains, "weight_decay": 0.0, "rate": GAIN_RATE})
+    if c.recipe_rate not in (0, 1):  # frozen ones need no rate
+        slow = {id(p) for p in recipe_parameters(model)}
+        for group in groups[:2]:
+            own = [p for p in group["params"] if id(p) in slow]
+            group["params"] = [p for p in group["params"] if id(p) not in slow]
+            groups.append({"params": own, "weight_decay": group["weight_decay"], "rate": c.recipe_rate})
     adamw = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=device.type in ("cuda", "cpu"))
     if not of_muon:
         return adamw
@@ -225,11 +255,40 @@ def read_origin(m, c):
     return origin, replace(origin.config, dropout=m.dropout), kept(step, state)
 
 
-def refuse_a_shape(c):
-    """UserError if the command line gives a model's shape, which --init_from decides."""
-    given = [a for a in sys.argv[1:] for f in fields(ModelConfig) if a.startswith(f"--{f.name}=")]
-    if given := [a for a in given if not a.startswith("--dropout=")]:
-        raise UserError(f"--init_from={c.init_from} decides the model: leave out {' '.join(given)}")
+def read_recipes(m, c):
+    """({name: tensor} of the recipes of --recipes_from, `m` with that vocabulary, its Tokenizer). UserError.
+
+    Blocks and width stay those of `m`.
+    """
+    step = checkpoint.find(c.recipes_from)
+    teacher, state = checkpoint.load_model(step, verified=True)
+    theirs = teacher.config
+    if theirs.vocab not in ("factored", "topk", "sparse"):
+        raise UserError(f"--recipes_from={c.recipes_from} has no recipes: its vocabulary is {theirs.vocab}")
+    own = {name: getattr(theirs, name) for name in VOCABULARY}
+    own |= {"n_signal": theirs.signals, "vocab_size": theirs.rows, "reinject": False}
+    try:
+        m = replace(m, **own)
+    except ValueError as error:
+        raise UserError(f"--recipes_from={c.recipes_from}: {error}") from None
+    tensors = {name: t for name, t in teacher.vocab.state_dict().items() if name != "basis"}
+    return tensors, m, kept(step, state)
+
+
+@torch.no_grad()
+def give_recipes(model, tensors):
+    """Put recipes in a new ReFlow, scaled so that its E has the standard deviation that it had."""
+    before = model.vocab.matrix().std()
+    model.vocab.load_state_dict(tensors, strict=False)
+    scale = before / model.vocab.matrix().std()
+    for p in recipe_parameters(model):
+        p *= scale
+
+
+def refuse_a_shape(option, value, decided):
+    """UserError if the command line gives fields of a model that another `option` has decided."""
+    if given := [a for a in sys.argv[1:] if a.startswith(tuple(f"--{name}=" for name in decided))]:
+        raise UserError(f"--{option}={value} decides the model: leave out {' '.join(given)}")
 
 
 def own_settings(given):
@@ -253,12 +312,18 @@ def main():
     nano = Path(__file__).parent / "config/reflow_nano.py"
     m, c = configurator.parse(ModelConfig, TrainConfig, default_config=nano, saved=own_settings)
     if c.init_from is not None:
-        refuse_a_shape(c)
+        decided = [f.name for f in fields(ModelConfig) if f.name != "dropout"]
+        refuse_a_shape("init_from", c.init_from, decided)
+    elif c.recipes_from is not None:
+        refuse_a_shape("recipes_from", c.recipes_from, VOCABULARY)
     elif m.vocab_size is None:
         m = fitted(m, tokenizer_of(c.dataset))
     run, rank = Path(c.out_dir), processes()[0]
     if c.dry_run:
-        m = m if c.init_from is None else read_origin(m, c)[1]
+        if c.init_from is not None:
+            m = read_origin(m, c)[1]
+        elif c.recipes_from is not None:
+            m = read_recipes(m, c)[1]
         if rank == 0:
             print(configurator.describe(m, c), flush=True)
             dry_run(m, c)
@@ -302,11 +367,15 @@ def train(m, c, run):
         say(f"passed over: {message}")
     if newest and not c.resume:
         raise UserError(f"{run} is at step {before['step']} already: add --resume, or give another --out_dir")
-    origin, tokenizer = None, kept(newest, before) if newest else None
+    origin, recipes, tokenizer = None, None, kept(newest, before) if newest else None
     if c.init_from is not None and newest:
         m = replace(ModelConfig(**before["config"]["model"]), dropout=m.dropout)
     elif c.init_from is not None:
         origin, m, tokenizer = read_origin(m, c)
+    elif c.recipes_from is not None and newest:
+        m = replace(m, **{name: before["config"]["model"][name] for name in VOCABULARY})
+    elif c.recipes_from is not None:
+        recipes, m, tokenizer = read_recipes(m, c)
     if c.dataset == "sotu" and tokenizer is not None:
         c = replace(c, dataset=embedded(tokenizer))
     say(configurator.describe(m, c))
@@ -341,7 +410,7 @@ def train(m, c, run):
     folder = find_dataset(c.dataset, tokenizer)
     train_set = Dataset(folder, "train", m.block_size, c.verify_data)
     if tokenizer is not None:
-        train_set.check_tokenizer(tokenizer, run if newest else c.init_from)
+        train_set.check_tokenizer(tokenizer, run if newest else c.init_from or c.recipes_from)
     tokenizer = train_set.tokenizer
     m = fitted(m, tokenizer)
     val_set = Dataset(folder, "val", m.block_size, c.verify_data)
@@ -352,6 +421,11 @@ def train(m, c, run):
     if origin is not None:
         raw.load_state_dict(origin.state_dict())
         del origin
+    if recipes is not None:
+        give_recipes(raw, recipes)
+    if c.recipe_rate == 0:
+        for p in recipe_parameters(raw):
+            p.requires_grad_(False)
     raw.activation_checkpointing = c.activation_checkpointing
     if c.compile:
         compile_blocks(raw, *(t.to(device) for t in train_set.windows(0, c.micro_batch_size)), autocast)

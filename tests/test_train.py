@@ -998,6 +998,62 @@ def test_init_from(tiny, tmp_path):
     assert checkpoint.find(go(tiny, second, "--resume", "--max_steps=12")).name == "step_000012"
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["--vocab=factored", "--n_signal=12"],
+        ["--vocab=topk", "--top_k=3"],
+        ["--vocab=sparse", "--n_signal=24", "--n_nonzero=3", "--n_core=2"],
+    ],
+)
+def test_recipes_from(kind, tiny, tmp_path):
+    """A narrower run has another's recipes, times one number that keeps the size of E, and its places. With
+    rate 0 they stay so, while the basis learns; with another rate they learn. It resumes to the same bits."""
+    first = go(tiny, tmp_path / "first", "--max_steps=4", "--n_embd=16", *kind)
+    old = checkpoint.load_model(first / "step_000004")[0].vocab
+    more = (f"--recipes_from={first}", "--n_embd=8", "--n_head=2")
+    second = go(tiny, tmp_path / "second", *more, "--recipe_rate=0", "--max_steps=4")
+    start, end = (checkpoint.load_model(second / f"step_00000{n}")[0].vocab for n in (0, 4))
+    for name in train.RECIPES:
+        if (theirs := getattr(old, name, None)) is not None:
+            ratio = getattr(start, name)[theirs != 0] / theirs[theirs != 0]
+            assert ratio.std() < 1e-5 * ratio.mean() and torch.equal(getattr(start, name), getattr(end, name))
+    for name, places in old.named_buffers():
+        assert torch.equal(places, getattr(start, name))
+    assert not torch.equal(start.basis, end.basis)
+
+    whole = go(tiny, tmp_path / "whole", *more, "--recipe_rate=0", "--max_steps=8")
+    shutil.rmtree(first)  # needed no more
+    shutil.copytree(whole, tmp_path / "cut")
+    for path in checkpoint.steps(tmp_path / "cut")[2:]:
+        shutil.rmtree(path)
+    (tmp_path / "cut" / "latest").write_text(checkpoint.steps(tmp_path / "cut")[-1].name)
+    resumed = go(tiny, tmp_path / "cut", *more, "--recipe_rate=0", "--max_steps=8", "--resume")
+    last = [checkpoint.load_tensors(run / "step_000008" / "model.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_recipes_that_are_slow_move_less(tiny, tmp_path):
+    first = go(tiny, tmp_path / "first", "--max_steps=4", "--vocab=factored")
+    moved = []
+    for rate in ("1", "0.1"):
+        run = go(tiny, tmp_path / rate, f"--recipes_from={first}", f"--recipe_rate={rate}", "--max_steps=4")
+        start, end = (checkpoint.load_model(run / f"step_00000{n}")[0].vocab.recipe for n in (0, 4))
+        moved.append((end - start).norm().item())
+    assert 0 < moved[1] < 0.2 * moved[0]
+
+
+def test_recipes_from_decides_the_vocabulary(tiny, tmp_path):
+    first = go(tiny, tmp_path / "first", "--max_steps=4", "--vocab=dense")
+    with pytest.raises(UserError, match="has no recipes: its vocabulary is dense"):
+        go(tiny, tmp_path / "second", f"--recipes_from={first}")
+    with pytest.raises(UserError, match="leave out --n_signal=9$"):
+        go(tiny, tmp_path / "second", f"--recipes_from={first}", "--n_signal=9")
+    with pytest.raises(UserError, match="leave out --recipes_from"):
+        go(tiny, tmp_path / "second", f"--recipes_from={first}", f"--init_from={first}")
+    assert not list((tmp_path / "second").glob("*"))
+
+
 def test_init_from_decides_the_model(tiny, tmp_path):
     first = go(tiny, tmp_path / "first", "--max_steps=3")
     with pytest.raises(UserError, match="decides the model: leave out --n_layer=1$"):
