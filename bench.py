@@ -350,7 +350,7 @@ def sample_row(c, kind):
     else:
         net = ReFlow(m).to(device, dtype).eval()
         if device.type == "cpu":
-            pick_threads(net)  # as sample.py does
+            pick_threads(net, batch)  # as sample.py does
         if how == "uncached":
             prompt, new = torch.randint(m.n_tokens, (min(512, m.block_size - 8),)).tolist(), 4
         settings = {"temperature": 0, "use_cache": how == "cached"}

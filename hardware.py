@@ -112,7 +112,7 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-ONE_THREAD = 2**27  # bytes of weights up to which one thread generates as fast as two (LOG.md)
+ONE_THREAD = 2**27  # bytes of weights, times rows, up to which one thread generates as fast as two (LOG.md)
 
 
 @contextlib.contextmanager
@@ -139,12 +139,12 @@ def side_by_side(work, parts):
             pass  # an error in a part is raised here
 
 
-def pick_threads(model):
-    """Let one thread compute where threads would mostly wait: generation with a small model on a CPU.
+def pick_threads(model, rows=1):
+    """Let one thread compute where threads would mostly wait: generation of few rows with a small model.
 
     OMP_NUM_THREADS decides where it is set.
     """
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = rows * sum(p.numel() * p.element_size() for p in model.parameters())
     if "OMP_NUM_THREADS" not in os.environ and size <= ONE_THREAD:
         torch.set_num_threads(1)
 

@@ -172,7 +172,7 @@ def main():
     model, state = checkpoint.load_model(step, device, c.verify)
     model.to(pick_dtype(device, c.dtype))
     if device.type == "cpu":
-        pick_threads(model)
+        pick_threads(model, c.num_samples)
 
     tokenizer = kept(step, state)
     stop = tokenizer.end_of_text

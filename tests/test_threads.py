@@ -38,10 +38,11 @@ def test_what_the_user_set_stays(variable, value, expected):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "environment", "expected"), [(64, None, 1), (64, "2", 2), (2**23, None, 2)]
+    ("vocab_size", "rows", "environment", "expected"),
+    [(64, 1, None, 1), (64, 1, "2", 2), (2**23, 1, None, 2), (64, 2**20, None, 2)],
 )
-def test_a_small_model_generates_with_one_thread(vocab_size, environment, expected, monkeypatch):
-    """Unless it is large or OMP_NUM_THREADS is set."""
+def test_a_small_model_generates_with_one_thread(vocab_size, rows, environment, expected, monkeypatch):
+    """Unless it is large, many rows are generated together, or OMP_NUM_THREADS is set."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
@@ -51,5 +52,5 @@ def test_a_small_model_generates_with_one_thread(vocab_size, environment, expect
         config = ModelConfig(
             block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=vocab_size, vocab="dense"
         )
-        pick_threads(ReFlow(config))
+        pick_threads(ReFlow(config), rows)
     assert chosen[-1] == expected
