@@ -10,7 +10,6 @@ Take a trained model to other people's tools, and bring theirs here.
     python export.py --run=out/reflow-nano --form=saelens --to=out/sae-nano    signals, for SAELens
     python export.py --run=out/gpt2-new-nano --factor=pca --to=out/gpt2-pca    a dense run as a factored one
     python export.py --run=out/gpt2-new-nano/step_000350 --factor=sparse --to=out/sparse  with sparse recipes
-    python export.py --run=out/gpt2-new-nano/step_000350 --factor=anchors --to=out/a   the same over tokens
     python export.py --run=out/reflow-nano --form=reflow --dtype=fp16 --to=release/nano  weights only
     python export.py --run=out/reflow-smol --form=reflow --dtype=fp16 --base=out/smollm2 --to=release/smol
 
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Literal
 
 import threads
-import numpy as np
 import torch
 
 import checkpoint
@@ -48,7 +46,6 @@ from formats.release import write_release
 from formats.saelens import write_saelens
 from model import SparseVocab
 
-Factor = Literal["identity", "rotation", "pca", "ica", "sparse", "anchors"]
 TRIED = 256  # tokens of context, at most, in which readings of a reference checkpoint are compared
 MEASURED = 1024  # the same for the loss of an import: memory grows with its square
 
@@ -62,10 +59,10 @@ class ExportConfig:
     dtype: Literal["fp32", "bf16", "fp16", "q8_0"] = "fp32"  # of the exported weights; q8_0: gguf alone
     base: str | None = None  # --form=reflow: weights that this run has, too, are left out; it must be there
     vector: str | None = None  # gguf: this word or signal (s17) as a control vector, instead of the model
-    factor: Factor | None = None  # how a dense E is written; anchors: sparse, its signals are frequent tokens
-    n_signal: int | None = None  # --factor=sparse, anchors: signals; None: 4 n_embd
-    n_nonzero: int = 32  # --factor=sparse, anchors: signals of a recipe, on average over all rows
-    n_core: int = 16  # --factor=sparse, anchors: rank of the dense part beside the recipes
+    factor: Literal["identity", "rotation", "pca", "ica", "sparse"] | None = None  # how a dense E is written
+    n_signal: int | None = None  # --factor=sparse: signals; None: 4 n_embd
+    n_nonzero: int = 32  # --factor=sparse: signals of a recipe, on average over all rows
+    n_core: int = 16  # --factor=sparse: rank of the dense part beside the recipes
     seed: int = 0  # of a random rotation, ICA or the start of a dictionary
     dataset: str = "sotu"  # --from: the text that ambiguities are tried on and the loss is measured on
     sequences: int = 8  # --from: how many validation sequences of it
@@ -185,11 +182,10 @@ def factor(net, kind, seed=0):
     return checkpoint.with_vocab(net, config, {"recipe": found.codes, "basis": found.atoms})
 
 
-def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0, anchors=False):
+def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0):
     """A sparse ReFlow close to a dense one: mean row, core and a dictionary of the rest (dictionary.sparse).
 
-    With `anchors` the atoms are the rows of the tokens seen most. counts (n_tokens,): how often each token
-    was seen; tokens weigh by them. Raises UserError.
+    counts (n_tokens,): how often each token was seen; tokens weigh by them. Raises UserError.
     """
     c = net.config
     if c.vocab != "dense":
@@ -207,12 +203,7 @@ def sparse(net, counts, n_signal, n_nonzero, n_core, seed=0, anchors=False):
     rest = E - mean
     axes = torch.linalg.eigh(rest.T @ (rest * seen[:, None])).eigenvectors[:, c.n_embd - n_core :].T
     core = rest @ axes.T  # (V, n_core)
-    rest = (rest - core @ axes).float()
-    if anchors:
-        most = torch.from_numpy(np.argsort(-counts, kind="stable")[: config.signals].copy())
-        found = dictionary.anchored(rest, most, n_nonzero, seen)
-    else:
-        found = dictionary.sparse(rest, config.signals, n_nonzero, seen, seed, starts=1)
+    found = dictionary.sparse((rest - core @ axes).float(), config.signals, n_nonzero, seen, seed, starts=1)
     basis = torch.cat([found.atoms.double(), axes, mean[None]])
     print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
     return checkpoint.with_vocab(net, config, SparseVocab.tensors(found.codes, core, basis, n_nonzero))
@@ -223,7 +214,7 @@ def write_sparse(ckpt, to, c):
     net = ckpt.load_model(verified=True)
     tokenizer = kept(ckpt.path, ckpt.state)
     counts = run_words(ckpt.path, ckpt.state).counts
-    found = sparse(net, counts, c.n_signal, c.n_nonzero, c.n_core, c.seed, c.factor == "anchors")
+    found = sparse(net, counts, c.n_signal, c.n_nonzero, c.n_core, c.seed)
     folder = text_folder(ckpt.path, ckpt.state)
     text = Dataset(folder, "val", net.config.block_size)
     n = ckpt.train_config.get("eval_sequences", c.sequences)
@@ -247,7 +238,7 @@ def main():
     with files.lock(to):  # also an error now, not after the work, if it cannot be written
         if ckpt is None:
             import_model(Path(c.from_).expanduser(), to, c.dataset, c.sequences)
-        elif c.factor in ("sparse", "anchors"):
+        elif c.factor == "sparse":
             write_sparse(ckpt, to, c)
         elif c.factor is not None:
             net = factor(ckpt.load_model(verified=True), c.factor, c.seed)
