@@ -26,7 +26,7 @@ FLOORS = (
     ("experiments.lab", "formats"),
     ("reflow",),
     ("attribution",),
-    ("dictionary", "hooks", "data", "metrics"),
+    ("dictionary", "recoding", "hooks", "data", "metrics"),
     ("checkpoint",),
     ("hardware", "files"),
     ("model", "configurator", "threads"),

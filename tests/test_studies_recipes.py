@@ -48,7 +48,7 @@ def run(tmp_path_factory):
 
 def test_the_study_at_toy_size(run, monkeypatch):
     """Every rival has every budget; with its planted atoms the model is nearer than with random ones."""
-    monkeypatch.setattr(recipes.upcycle, "SAMPLE", 1000)
+    monkeypatch.setattr(recipes.recoding, "SAMPLE", 1000)
     monkeypatch.setattr(recipes, "NMF_ROWS", 400)
     options = {"tokens": 1024, "budgets": "1,2", "n_signal": 24, "starts": 1, "rounds": 15, "windows": 20}
     c = recipes.RecipesConfig(**options, length=16, steps=50)

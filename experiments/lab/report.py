@@ -31,6 +31,7 @@ CODE = (
     "dictionary.py",
     "hooks.py",
     "model.py",
+    "recoding.py",
     "reflow.py",
 )  # at the root
 UNITS = "units.npz"  # the values of every claim, by unit: what pooling.py reads

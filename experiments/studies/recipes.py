@@ -32,7 +32,7 @@ import torch
 
 import configurator
 import dictionary
-import upcycle
+import recoding
 from configurator import UserError
 from data.datasets import find_dataset
 from data.shards import Dataset
@@ -98,8 +98,8 @@ def all_atoms(seen, c, seed):
     S, n = c.n_signal or 4 * d, sorted(c.n_entries)[len(c.n_entries) // 2]
     generator = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize
-    often = seen.weights.topk(min(upcycle.SAMPLE, len(seen.rows))).indices.sort().values
-    learned = dictionary.sparse(seen.rows, S, n, seen.weights, seed, c.starts, c.rounds, upcycle.SAMPLE)
+    often = seen.weights.topk(min(recoding.SAMPLE, len(seen.rows))).indices.sort().values
+    learned = dictionary.sparse(seen.rows, S, n, seen.weights, seed, c.starts, c.rounds, recoding.SAMPLE)
     encoder = sae.train(seen.rows, seen.weights, S, n, c.steps, seed=seed)
     found = {
         "learned": learned.atoms,
@@ -124,7 +124,7 @@ def halves(seen, c, seed):
     for rows in (seen.rows, gaussian(seen.rows, len(seen.rows), generator)):
         parts = []
         for i, half in enumerate(order.chunk(2)):
-            some = (rows[half], S, n, seen.weights[half], seed + i, 1, HALF_ROUNDS, upcycle.SAMPLE // 2)
+            some = (rows[half], S, n, seen.weights[half], seed + i, 1, HALF_ROUNDS, recoding.SAMPLE // 2)
             parts.append(dictionary.sparse(*some).atoms)
         found.append(partners(*parts))
     return found
@@ -139,7 +139,7 @@ def statistics(lab, c):
     text.check_tokenizer(tokenizer, ckpt.path)
     windows = text.batch(0, max(1, min(c.tokens // text.block_size, text.n_windows)), 0)[0]
     E = net.vocab.matrix().detach().float().cpu()[: net.config.n_tokens]
-    return upcycle.rows_of(E, *upcycle.statistics(upcycle.read(net, windows, contextlib.nullcontext), E))
+    return recoding.rows_of(E, *recoding.statistics(recoding.read(net, windows, contextlib.nullcontext), E))
 
 
 def run(lab: Lab, c: RecipesConfig) -> Report:
@@ -159,13 +159,13 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
         codes_of = dictionary.encodings(seen.rows, own, c.n_entries, seen.weights)
         for n, codes in zip(c.n_entries, codes_of, strict=True):
             E = seen.matrix(codes, own)
-            found = upcycle.measure(net, E, held, contextlib.nullcontext)
+            found = recoding.measure(net, E, held, contextlib.nullcontext)
             kl[n][name] = found["KL"].numpy()
             where = {"dictionary": name, "n_signals": n}
             for quantity, values in found.items():
                 report.row(quantity, values.mean().item(), **where)
             report.row("missed", dictionary.fit_of(seen.rows, codes, own, seen.weights)["missed"], **where)
-            report.row("explained", upcycle.explained(net, E, held, contextlib.nullcontext), **where)
+            report.row("explained", recoding.explained(net, E, held, contextlib.nullcontext), **where)
     scores = {}
     for n, found in kl.items():
         scores[f"{n} entries"] = Scores({"native": found.pop("learned")} | found)
