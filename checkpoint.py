@@ -75,11 +75,10 @@ def whole_folder(final):
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            mode = temporary.stat().st_mode & 0o666  # safetensors' files are private, whatever the umask
             for path in temporary.rglob("*"):
                 if path.is_file():
-                    path.chmod(
-                        temporary.stat().st_mode & 0o666
-                    )  # safetensors' are private, whatever the umask
+                    path.chmod(mode)
                 flush(path)
             flush(temporary)
             shutil.rmtree(final, ignore_errors=True)  # a damaged or an earlier one of the same name
@@ -445,24 +444,19 @@ def load_model(step, device="cpu", verified=False):
 
 
 def base_weights(step, base, device, verified):
-    """The weights of the run that a release at `step` shares its blocks with. Raises UserError.
-
-    It is found by its name, under out/ here or in this repository.
-    """
-    for out in (Path("out"), RELEASES.parent / "out"):
-        if not (out / base["run"]).is_dir():
-            continue
-        found = open_run(out / base["run"])
-        same_file = found.state.get("sha256", {}).get(WEIGHTS[0]) == base["sha256"]
-        origin = found.train_config.get("imported_from")
-        if not same_file and (origin is None or origin != base["imported_from"]):
-            raise UserError(f"{step} was made with another {shortest(found.run)} than the one that is here")
-        if verified:
-            verify(found.path, found.state, WEIGHTS[:1])
-        return load_tensors(found.weights, device)
-    raise UserError(
-        f"{step} shares its blocks with a run: {remedy_of_base(base['run'], base['imported_from'])}"
-    )
+    """The weights of the run that a release at `step` shares its blocks with. Raises UserError."""
+    folder = {path.name: path for path in places_of_runs("out")}.get(base["run"])
+    if folder is None:
+        how = remedy_of_base(base["run"], base["imported_from"])
+        raise UserError(f"{step} shares its blocks with a run: {how}")
+    found = open_run(folder)
+    same_file = found.state.get("sha256", {}).get(WEIGHTS[0]) == base["sha256"]
+    origin = found.train_config.get("imported_from")
+    if not same_file and (origin is None or origin != base["imported_from"]):
+        raise UserError(f"{step} was made with another {shortest(found.run)} than the one that is here")
+    if verified:
+        verify(found.path, found.state, WEIGHTS[:1])
+    return load_tensors(found.weights, device)
 
 
 def remedy_of_base(run, imported_from):

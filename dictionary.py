@@ -101,6 +101,12 @@ def rotated(dictionary, generator):
     return Dictionary("rotated", dictionary.recipes @ q, q.T @ dictionary.basis)
 
 
+def gaussian_rows(rows, n, generator):
+    """n random rows (n, d), fp32, with the covariance of rows (V, d)."""
+    root = torch.linalg.cholesky(torch.cov(rows.T) + 1e-8 * torch.eye(rows.size(1)))
+    return torch.randn(n, len(root), generator=generator) @ root.T
+
+
 def skewed(dictionary, generator, condition=10.0):
     """The dictionary after a random *non-orthogonal* change of signals, which changes cosines, not E."""
     n = dictionary.n_signals

@@ -67,10 +67,21 @@ def rows_of(E, H, p):
 
 
 @torch.no_grad()
-def measure(net, E_new, windows, autocast):
+def final_states(net, windows, autocast):
+    """Normalised final states (n, T, d), fp32, of the inputs of windows of ids (n, T + 1), one by one."""
+    found = []
+    for ids in windows.to(net.norm.weight.device)[:, :-1].split(1):
+        with autocast():
+            found.append(net.encode(ids).float())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def measure(net, h, E_new, windows, autocast):
     """{quantity: (n,), nats per token of each window} of the dense model with E_new (V, d) for its own E.
 
-    KL to the model as it is, with the new one at both ends and at one of them. windows (n, T + 1): ids.
+    KL to the model as it is, with the new one at both ends and at one of them. windows (n, T + 1): ids;
+    h (n, T, d): their `final_states` in the model as it is.
     """
     n, E = net.config.n_tokens, net.vocab.matrix()
     total = {
@@ -79,32 +90,33 @@ def measure(net, E_new, windows, autocast):
     }
     for i, ids in enumerate(windows.to(E.device)):
         with autocast():
-            h = net.encode(ids[None, :-1])[0].float()  # (T, d)
-            h_new = net.encode(ids[None, :-1], vocab=FixedVocab(E_new))[0].float()
-        for part in torch.arange(len(h), device=h.device).split(PART):
-            log_p = (h[part] @ E[:n].T).log_softmax(-1)
+            h_new = net.encode(ids[None, :-1], vocab=FixedVocab(E_new))[0].float()  # (T, d)
+        for part in torch.arange(len(h_new), device=E.device).split(PART):
+            log_p = (h[i, part] @ E[:n].T).log_softmax(-1)
             p = log_p.exp()
             for name, state, head in (
                 ("KL", h_new, E_new),
                 ("KL, input alone", h_new, E),
-                ("KL, output alone", h, E_new),
+                ("KL, output alone", h[i], E_new),
             ):
                 log_q = (state[part] @ head[:n].T).log_softmax(-1)
-                total[name][i] += (p * (log_p - log_q)).double().sum().item() / len(h)
+                total[name][i] += (p * (log_p - log_q)).double().sum().item() / len(h_new)
                 if name == "KL":
-                    total["loss"][i] -= log_q.gather(1, ids[1:][part, None]).double().sum().item() / len(h)
+                    nll = -log_q.gather(1, ids[1:][part, None]).double()
+                    total["loss"][i] += nll.sum().item() / len(h_new)
     return total
 
 
 @torch.no_grad()
-def explained(net, E_read, windows, autocast):
-    """Share of the variance of logits over tokens, in each context, that E_read (n_tokens, d) explains."""
+def explained(net, h, E_read):
+    """Share of the variance of logits over tokens, in each context, that E_read (n_tokens, d) explains.
+
+    h (n, T, d): `final_states` of the contexts.
+    """
     E = net.vocab.matrix()[: net.config.n_tokens]
     missed = whole = 0.0
-    for ids in windows.to(E.device).split(1):
-        with autocast():
-            h = net.encode(ids[:, :-1])[0].float()
-        for part in h.split(PART):
+    for window in h:
+        for part in window.split(PART):
             logits = part @ E.T
             rest = logits - part @ E_read.T
             missed += float(rest.var(1).sum())

@@ -109,20 +109,9 @@ CURVE = {"batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "weight_deca
 CURVE |= {"grad_clip", "seed", "dtype"}
 
 
-VOCABULARY = (
-    "vocab",
-    "n_signal",
-    "top_k",
-    "n_nonzero",
-    "n_core",
-    "vocab_size",
-    "n_token",
-)  # of a ModelConfig
-RECIPES = (
-    "recipe",
-    "value",
-    "core",
-)  # parameters of vocabularies that hold recipes; basis rows are no recipes
+# What --recipes_from decides of a ModelConfig, and the parameters that hold recipes.
+VOCABULARY = ("vocab", "n_signal", "top_k", "n_nonzero", "n_core", "vocab_size", "n_token")
+RECIPES = ("recipe", "value", "core")
 GAIN_RATE = 10.0  # times the learning rate, for gains of signals: at 1 they hardly change (LOG.md)
 
 

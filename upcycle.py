@@ -48,7 +48,7 @@ from data.shards import Dataset
 from data.tokenizer import kept
 from hardware import keep_freed_memory, pick_device, pick_dtype
 from model import SparseVocab
-from recoding import PART, SAMPLE, explained, measure, read, rows_of, statistics
+from recoding import PART, SAMPLE, explained, final_states, measure, read, rows_of, statistics
 
 
 @dataclass
@@ -270,10 +270,11 @@ def upcycle(c, ckpt, to):
 
     x, y = test.windows(0, min(c.test_windows, test.n_windows))
     held = torch.cat([x, y[:, -1:]], 1)  # (n, T + 1)
+    h = final_states(net, held, autocast)
     rows = {}
 
     def note(name):
-        found = measure(net, student.vocab.matrix().detach(), held, autocast)
+        found = measure(net, h, student.vocab.matrix().detach(), held, autocast)
         now = {quantity: values.mean().item() for quantity, values in found.items()}
         now["bits per byte"] = now["loss"] * test.tokens / test.bytes / math.log(2)
         rows[name] = now
@@ -282,7 +283,7 @@ def upcycle(c, ckpt, to):
 
     if c.keep_rest:
         last = note("with the rest")
-        share = explained(net, (found["codes"] @ found["atoms"] + found["mean"]).to(device), held, autocast)
+        share = explained(net, h, (found["codes"] @ found["atoms"] + found["mean"]).to(device))
         rows["explained"] = share
         print(f"mean and signals explain {share:.1%} of the variance of logits; the core has the rest")
     else:

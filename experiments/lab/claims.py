@@ -90,6 +90,11 @@ def effect(scores, unit, against=None, groups=None, lower=False, clusters=None):
     (name, (n,)), what units share, for example ("signals", the strongest one of each prompt): the evidence
     rests on that many, and they are resampled before the units in them.
     """
+    return compared(scores, unit, against, groups, lower, clusters)[0]
+
+
+def compared(scores, unit, against, groups, lower, clusters):
+    """(fields of an effect, {control: gain over it}); arguments as in `effect`."""
     measured = scores.native
     controls = scores.rivals if against is None else {name: scores[name] for name in against}
     missing = {name: why for name, why in scores.missing.items() if against is None or name in against}
@@ -97,6 +102,21 @@ def effect(scores, unit, against=None, groups=None, lower=False, clusters=None):
     shared, cluster = clusters or ("", None)
     sign = -1 if lower else 1
     gains = {name: estimate(sign * (measured - v), groups, cluster) for name, v in controls.items()}
+    rests_on = {} if cluster is None else {shared: len(np.unique(cluster))}
+    fields = {
+        "kind": "effect",
+        "unit": unit,
+        "n": n,
+        "rests_on": rests_on,
+        "measured": estimate(measured, groups, cluster),
+        "controls": {name: estimate(values, groups, cluster) for name, values in controls.items()},
+        "lower": lower,
+    }
+    return fields | judged(gains, measured, n, unit, rests_on, missing), gains
+
+
+def judged(gains, measured, n, unit, rests_on, missing=None):
+    """Verdict, reason, gain and weakest control of {control: gain} of measured values; fields of a Claim."""
     overflowed = [name for name, gain in gains.items() if np.isnan(gain.low)]
     weakest = min(gains, key=lambda name: gains[name].low, default=None)
     if overflowed:
@@ -115,25 +135,13 @@ def effect(scores, unit, against=None, groups=None, lower=False, clusters=None):
         is_gain = gains[weakest].low > ROUNDING * np.abs(measured).mean()
         verdict = "supported" if is_gain else "not supported"
         reason = f"gain over {weakest}: {gains[weakest]}"
-    rests_on = {} if cluster is None else {shared: len(np.unique(cluster))}
-    return {
-        "kind": "effect",
-        "verdict": verdict,
-        "reason": reason + "".join(f"; rests on {many} distinct {name}" for name, many in rests_on.items()),
-        "unit": unit,
-        "n": n,
-        "rests_on": rests_on,
-        "measured": estimate(measured, groups, cluster),
-        "controls": {name: estimate(values, groups, cluster) for name, values in controls.items()},
-        "gain": gains.get(weakest),
-        "weakest": weakest,
-        "lower": lower,
-    }
+    reason += "".join(f"; rests on {many} distinct {name}" for name, many in rests_on.items())
+    return {"verdict": verdict, "reason": reason, "gain": gains.get(weakest), "weakest": weakest}
 
 
 def signals(scores, unit, against=None, groups=None, lower=False, clusters=None):
     """Fields of a Claim: the native dictionary beats scores.gauges (K, n) and the rivals in `against`."""
-    found = effect(scores, unit, against, groups, lower, clusters)
+    found, gains = compared(scores, unit, against, groups, lower, clusters)
     sign = -1 if lower else 1
     means = np.asarray(scores.gauges, float).mean(1)  # (K,)
     n_gauges = len(means)
@@ -156,15 +164,15 @@ def signals(scores, unit, against=None, groups=None, lower=False, clusters=None)
         also = f"; {found['reason']}" if found["controls"] else ""
         verdict, reason = "supported", f"{ranked}{also}"
 
-    def asked(rivals, first=None):
-        """The Outcome of a part of the claim: against some rivals, if it is not decided before."""
-        part = effect(scores, unit, [name for name in rivals if name in scores], groups, lower, clusters)
-        fields = {key: part[key] for key in ("verdict", "reason", "measured", "gain", "weakest")}
-        if not part["controls"]:
-            fields["reason"] = "none of these was measured"
-        if first is not None and (first[0] != "supported" or not part["controls"]):
-            fields |= {"verdict": first[0], "reason": first[1]}
-        return Outcome(**fields)
+    def asked(of, first=None):
+        """The Outcome against rivals whose names begin so, unless `first`, (verdict, reason), decides it."""
+        some = {name: gain for name, gain in gains.items() if name.startswith(of)}
+        part = judged(some, scores.native, found["n"], unit, found["rests_on"])
+        if not some:
+            part["reason"] = "none of these was measured"
+        if first is not None and (first[0] != "supported" or not some):
+            part |= {"verdict": first[0], "reason": first[1]}
+        return Outcome(measured=found["measured"], **part)
 
     if n_gauges < N_GAUGES or found["n"] < LEAST_UNITS:
         ranking = ("inconclusive", reason)
@@ -173,8 +181,8 @@ def signals(scores, unit, against=None, groups=None, lower=False, clusters=None)
     return found | {
         "kind": "signals",
         "questions": {
-            "privileged": asked(["pca"], ranking),
-            "worth training for": asked([name for name in scores if name.startswith("baseline")]),
+            "privileged": asked("pca", ranking),
+            "worth training for": asked("baseline"),
         },
         "verdict": verdict,
         "reason": reason,

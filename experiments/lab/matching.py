@@ -11,6 +11,7 @@ import torch
 
 from data.words import SHOWN_COUNT
 from dictionary import ica, partners, random_orthogonal, sparse
+from experiments.lab.claims import to_numpy
 from experiments.lab.stats import exchanged, regress_out
 
 SHARED = 0.5  # a signal, or a direction of E, with a larger correlation counts as shared
@@ -71,7 +72,7 @@ def recovered(d, counts, seed, starts, compared=None, most=None):
             other = sparse(E, d.n_signals, n, weights, seed * 100 + start + 1, starts=1, most=most)
         else:
             other = ica(E, often, seed * 100 + start + 1)
-        ours, theirs = (part.codes.detach().cpu().double().numpy() for part in (d, other))
+        ours, theirs = to_numpy(d.codes), to_numpy(other.codes)
         found.append(matches(ours, theirs, counts if compared is None else compared).mean())
     return min(found)
 

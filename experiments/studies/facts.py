@@ -123,20 +123,18 @@ def plan(c):
                 export = [ROOT / "export.py", f"--run={half}", "--factor=sparse", f"--to={folder}"]
                 runs.append((folder, [[*export, *own, f"--seed={seed}"], train]))
                 continue
-            options = (
-                ARMS[arm]
-                | SHAPE
-                | {
-                    "dataset": c.dataset,
-                    "batch_size": 8,
-                    "micro_batch_size": 8,
-                    "max_steps": c.steps,
-                    "warmup_steps": c.steps // 20,
-                    "eval_interval": c.steps // 8,
-                    "save_interval": c.steps // 2,
-                    "seed": seed,
-                }
-            )
+            options = {
+                **ARMS[arm],
+                **SHAPE,
+                "dataset": c.dataset,
+                "batch_size": 8,
+                "micro_batch_size": 8,
+                "max_steps": c.steps,
+                "warmup_steps": c.steps // 20,
+                "eval_interval": c.steps // 8,
+                "save_interval": c.steps // 2,
+                "seed": seed,
+            }
             settings = [f"--{key}={value}" for key, value in options.items()]
             runs.append((folder, [[train[0], ROOT / c.config, *settings, *train[1:]]]))
     return runs
@@ -264,10 +262,7 @@ def null_dictionary(d, counts, generator):
     if d.n_signals <= d.atoms.size(1):
         return dictionary.rotated(d, generator)
     E, weights = d.matrix().cpu().float(), torch.from_numpy(counts + 1.0).float()
-    root = torch.linalg.cholesky(torch.cov(E.T) + 1e-8 * torch.eye(E.size(1)))
-    atoms = torch.nn.functional.normalize(
-        torch.randn(d.n_signals, len(root), generator=generator) @ root.T, dim=1
-    )
+    atoms = torch.nn.functional.normalize(dictionary.gaussian_rows(E, d.n_signals, generator), dim=1)
     n = round(float((d.codes != 0).sum()) / len(d.codes))
     return Dictionary("gaussian", dictionary.encode(E, atoms, n, weights), atoms)
 
@@ -335,10 +330,7 @@ class Arm:
 
 def run(study, c):
     arms = {
-        arm: Arm(
-            arm,
-            [finished(folder_of(c, arm, s), c.steps) for s in c.all_seeds],
-        )
+        arm: Arm(arm, [finished(folder_of(c, arm, s), c.steps) for s in c.all_seeds])
         for arm in c.arms.split(",")
     }
     dense = arms["dense"]
@@ -473,7 +465,7 @@ def gallery(table, rival):
         lines.append(f"{'dense, ' + name:18}{cells}   {' '.join(map(str, numbers['facts']))}")
     for name, numbers in (table | {f"dense, {name}": rival[name] for name in rival}).items():
         listed = [f"s{fact['signal']} {fact['about']}" for fact in numbers["list"]]
-        lines += [f"\nFacts of {name}, seed 0: {', '.join(listed) or 'none'}"]
+        lines += [f"\nFacts of {name}, first seed: {', '.join(listed) or 'none'}"]
     return "\n".join(lines)
 
 

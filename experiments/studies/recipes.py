@@ -70,6 +70,10 @@ class RecipesConfig:
             self, "tokens >= 1024", "starts >= 1", "rounds >= 1", "windows >= 1", "length >= 8"
         )
 
+    def sizes(self, d):
+        """(atoms, entries a row that they are learned with: the middle budget) for width d."""
+        return self.n_signal or 4 * d, self.n_entries[len(self.n_entries) // 2]
+
 
 @one_thread()
 def positive_parts(seen, n_atoms, seed):
@@ -85,17 +89,9 @@ def positive_parts(seen, n_atoms, seed):
     return torch.nn.functional.normalize(up - down, dim=1)
 
 
-def gaussian(rows, n, generator):
-    """n random rows (n, d) with the covariance of rows (V, d)."""
-    d = rows.size(1)
-    covariance = torch.cov(rows.T) + 1e-8 * torch.eye(d)
-    return torch.randn(n, d, generator=generator) @ torch.linalg.cholesky(covariance).T
-
-
 def all_atoms(seen, c, seed):
     """({name: atoms (S, d) of length 1} of the Rows of E, learned ones and rivals; what the fit says)."""
-    d = seen.rows.size(1)
-    S, n = c.n_signal or 4 * d, sorted(c.n_entries)[len(c.n_entries) // 2]
+    S, n = c.sizes(seen.rows.size(1))
     generator = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize
     often = seen.weights.topk(min(recoding.SAMPLE, len(seen.rows))).indices.sort().values
@@ -104,7 +100,7 @@ def all_atoms(seen, c, seed):
     found = {
         "learned": learned.atoms,
         "tokens": unit(seen.rows[seen.weights.topk(min(S, len(seen.rows))).indices], dim=1),
-        "Gaussian": unit(gaussian(seen.rows, S, generator), dim=1),
+        "Gaussian": unit(dictionary.gaussian_rows(seen.rows, S, generator), dim=1),
         "autoencoder": encoder.atoms.detach(),
         "NMF": positive_parts(seen, S, seed),
         "PCA": dictionary.pca(seen.rows, often).atoms,
@@ -117,11 +113,11 @@ def all_atoms(seen, c, seed):
 
 def halves(seen, c, seed):
     """How alike atoms of two halves of the rows are: [|cosine| of partners (S,), that of Gaussian rows]."""
-    S, n = c.n_signal or 4 * seen.rows.size(1), sorted(c.n_entries)[len(c.n_entries) // 2]
+    S, n = c.sizes(seen.rows.size(1))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(seen.rows), generator=generator)
     found = []
-    for rows in (seen.rows, gaussian(seen.rows, len(seen.rows), generator)):
+    for rows in (seen.rows, dictionary.gaussian_rows(seen.rows, len(seen.rows), generator)):
         parts = []
         for i, half in enumerate(order.chunk(2)):
             some = (rows[half], S, n, seen.weights[half], seed + i, 1, HALF_ROUNDS, recoding.SAMPLE // 2)
@@ -154,18 +150,19 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
     report.numbers["fit"] = fit
     x, y = lab.heldout(c.windows, min(c.length, net.config.block_size))
     held = torch.cat([x, y[:, -1:]], 1)  # (n, T + 1)
+    h = recoding.final_states(net, held, contextlib.nullcontext)
     kl = {n: {} for n in c.n_entries}
     for name, own in atoms.items():
         codes_of = dictionary.encodings(seen.rows, own, c.n_entries, seen.weights)
         for n, codes in zip(c.n_entries, codes_of, strict=True):
             E = seen.matrix(codes, own)
-            found = recoding.measure(net, E, held, contextlib.nullcontext)
+            found = recoding.measure(net, h, E, held, contextlib.nullcontext)
             kl[n][name] = found["KL"].numpy()
             where = {"dictionary": name, "n_signals": n}
             for quantity, values in found.items():
                 report.row(quantity, values.mean().item(), **where)
             report.row("missed", dictionary.fit_of(seen.rows, codes, own, seen.weights)["missed"], **where)
-            report.row("explained", recoding.explained(net, E, held, contextlib.nullcontext), **where)
+            report.row("explained", recoding.explained(net, h, E), **where)
     scores = {}
     for n, found in kl.items():
         scores[f"{n} entries"] = Scores({"native": found.pop("learned")} | found)
