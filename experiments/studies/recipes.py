@@ -13,6 +13,9 @@ Method
     model as it is, on held-out windows of the lab's text. Nothing is distilled. Statistics are of --text.
     Two halves of the vocabulary are given dictionaries of their own: atoms are signals of the model, not of
     the fit, if the halves have the same ones. Unit: a window; an atom.
+    `gallery` in result.json lists the strongest learned atoms, those that both halves find most alike, and
+    random ones: tokens of the largest and smallest codes, and the held-out text in whose states they are
+    strongest. `examples` are the recipes of a few words. Both are looks, not claims.
 
 Cost
     With SmolLM2-135M about an hour of two cores.
@@ -37,8 +40,9 @@ from configurator import UserError
 from data.datasets import find_dataset
 from data.shards import Dataset
 from data.tokenizer import kept
-from dictionary import partners
+from dictionary import Dictionary, partners
 from experiments.lab import Lab, Report, Scores, sae
+from experiments.lab.claims import to_numpy
 from experiments.lab.report import run_experiment
 from hardware import one_thread
 
@@ -48,6 +52,9 @@ CLAIMS = {
 }
 NMF_ROWS = 4096  # rows, at most, that NMF is fitted to
 HALF_ROUNDS = 6
+WORDS = ("king", "Paris", "three", "Monday", "running")  # whose recipes are shown
+N_SHOWN, N_TOKENS, N_CONTEXTS = 8, 8, 3  # signals of a kind, tokens and contexts of each
+BEFORE = 12  # tokens of a context
 
 
 @dataclass
@@ -112,7 +119,10 @@ def all_atoms(seen, c, seed):
 
 
 def halves(seen, c, seed):
-    """How alike atoms of two halves of the rows are: [|cosine| of partners (S,), that of Gaussian rows]."""
+    """How alike atoms of two halves of the rows are: [(|cosine| of partners (S,), atoms, atoms)].
+
+    Of the rows, then of Gaussian ones.
+    """
     S, n = c.sizes(seen.rows.size(1))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(seen.rows), generator=generator)
@@ -122,7 +132,7 @@ def halves(seen, c, seed):
         for i, half in enumerate(order.chunk(2)):
             some = (rows[half], S, n, seen.weights[half], seed + i, 1, HALF_ROUNDS, recoding.SAMPLE // 2)
             parts.append(dictionary.sparse(*some).atoms)
-        found.append(partners(*parts))
+        found.append((partners(*parts), *parts))
     return found
 
 
@@ -167,12 +177,77 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
     for n, found in kl.items():
         scores[f"{n} entries"] = Scores({"native": found.pop("learned")} | found)
     report.effect("learned", scores, "windows", lower=True)
-    own, null = halves(seen, c, 0)
+    (own, *parts), (null, *_) = halves(seen, c, 0)
     report.effect("halves", Scores({"native": own, "Gaussian": null}), "atoms")
     report.numbers["KL"] = {n: part.means() for n, part in scores.items()}
     report.numbers["halves"] = {"match": float(own.mean()), "above .9": float((own > 0.9).mean())}
+    codes = dictionary.encode(seen.rows, atoms["learned"], c.sizes(seen.rows.size(1))[1], seen.weights)
+    learned = Dictionary("learned", codes, atoms["learned"] @ seen.back)
+    alike = np.min([partners(atoms["learned"], part) for part in parts], axis=0)
+    report.numbers["gallery"] = gallery(lab, learned, alike, held[:, :-1], h)
+    report.numbers["examples"] = examples(lab, learned)
     draw(report, scores, c)
     return report
+
+
+def gallery(lab, d, alike, windows, h):
+    """{kind: [card]} of signals of a Dictionary: the strongest, the most alike ones, random ones.
+
+    alike (S,): how close an atom's partners in two halves are. h (n, T, d): final states of windows of ids (n, T).
+    """
+    energy = to_numpy((d.codes[lab.words.known_tokens()] ** 2).sum(0)) * to_numpy(d.atoms.norm(dim=1)) ** 2
+    chosen = {
+        "strongest": np.argsort(-energy)[:N_SHOWN],
+        "most alike in two halves": np.argsort(-alike)[:N_SHOWN],
+        "random": lab.rng("gallery").permutation(d.n_signals)[:N_SHOWN],
+    }
+    cards = {}
+    for kind, signals in chosen.items():
+        cards[kind] = []
+        for s in map(int, signals):
+            card = {"signal": s, "energy": energy[s] / energy.sum(), "alike": alike[s]}
+            card |= {"tokens": extremes(lab, d, s), "contexts": contexts(lab, d.atoms[s], windows, h)}
+            cards[kind].append(card)
+    return cards
+
+
+def extremes(lab, d, s):
+    """{"high", "low"}: tokens, as text, whose codes of signal s are the most above and below zero."""
+    codes, tokens = to_numpy(d.codes[:, s]), lab.words.shown_tokens()
+    return {
+        name: lab.words.top(torch.from_numpy(signed), N_TOKENS, tokens[signed[tokens] > 0])
+        for name, signed in (("high", codes), ("low", -codes))
+    }
+
+
+def contexts(lab, atom, windows, h):
+    """[[text before, last token read]] where an atom (d,) adds most to its tokens' logits, one a window."""
+    best, at = (h.cpu() @ atom).max(1)  # (n,) each
+    found = []
+    for i in best.topk(N_CONTEXTS).indices.tolist():
+        ids = windows[i, : at[i] + 1].tolist()
+        found.append([lab.words.tokenizer.decode(ids[-BEFORE:-1]), lab.words.text(ids[-1])])
+    return found
+
+
+def examples(lab, d):
+    """{word: [entry]}: the largest entries of recipes, by share of the sum of squares, with their tokens."""
+    found = {}
+    for word in WORDS:
+        token = lab.words.known(word, 0)
+        if token is None:
+            continue
+        part = (d.codes[token] * d.atoms.norm(dim=1)) ** 2
+        found[word] = [
+            {
+                "signal": s,
+                "code": float(d.codes[token, s]),
+                "share": float(part[s] / part.sum()),
+                "tokens": extremes(lab, d, s)["high" if d.codes[token, s] > 0 else "low"],
+            }
+            for s in part.topk(min(N_TOKENS, int((part > 0).sum()))).indices.tolist()
+        ]
+    return found
 
 
 def draw(report, scores, c):
