@@ -193,7 +193,7 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
 def gallery(lab, d, alike, windows, h):
     """{kind: [card]} of signals of a Dictionary: the strongest, the most alike ones, random ones.
 
-    alike (S,): how close an atom's partners in two halves are. h (n, T, d): final states of windows of ids (n, T).
+    alike (S,): how close an atom's partners in two halves are. h (n, T, d): final states of windows (n, T).
     """
     energy = to_numpy((d.codes[lab.words.known_tokens()] ** 2).sum(0)) * to_numpy(d.atoms.norm(dim=1)) ** 2
     chosen = {
