@@ -113,11 +113,13 @@ class Attribution:
 
     def rotated(self, k):
         """Sizes of the k largest contributions in each of N_ROTATIONS random rotations, (N_ROTATIONS, k)."""
+        pred = self.prediction
+        pair = self.model.dictionary.part([pred.target[0], pred.foil[0]])  # two rows: cheap to rotate
         sizes = []
         for seed in range(N_ROTATIONS):
-            generator = torch.Generator().manual_seed(seed)
-            turned = dictionary.rotated(self.model.dictionary, generator)
-            sizes.append(attribution.contributions(self.prediction, turned)[0].abs().topk(k).values)
+            turned = dictionary.rotated(pair, torch.Generator().manual_seed(seed))
+            terms = turned.activations(pred.h)[0] * (turned.codes[0] - turned.codes[1])  # (S,)
+            sizes.append(terms.abs().topk(k).values)
         return torch.stack(sizes).cpu()
 
     def top(self, k=10):
@@ -134,7 +136,7 @@ class Attribution:
             codes = self.model.dictionary.codes[:, s] * self.activations[s].sign()
             ends = [self.model.top(sign * codes, 3) for sign in (1, -1)]
             share = f"{values[s].abs() / size:.1%}"
-            rows.append([str(s), values[s].item(), share, mean[i], largest[i], *ends])
+            rows.append([self.model.label(s), values[s].item(), share, mean[i], largest[i], *ends])
         rest = values.double().sum().item() - values[order].double().sum().item()
         share = f"{1 - values[order].abs().sum() / size:.1%}"
         rows.append([f"{len(values) - len(order)} others", rest, share, None, None, "", ""])
@@ -235,6 +237,13 @@ class Model:
         if not 0 <= s <= last:
             raise UserError(f"no {self.unit} {s}: {self.unit}s are 0 to {last}")
 
+    def label(self, s):
+        """The number of signal s; what a sparse vocabulary has beside its signals says what it is."""
+        c = self.net.config
+        if c.vocab != "sparse" or s < c.signals:
+            return str(s)
+        return f"{s} {'core' if s < c.signals + c.n_core else 'mean'}"
+
     # -- what tables say about tokens --------------------------------------------------------------
 
     @property
@@ -306,7 +315,9 @@ class Model:
             + ", ".join(f"{i} (cosine {cosine:.2f})" for i, cosine in d.nearest_signals(s, 3)),
             self.left_out(),
         ]
-        return self.card(f"{self.unit} {s}", ["promotes", "code", "suppresses", "low code"], rows, notes)
+        return self.card(
+            f"{self.unit} {self.label(s)}", ["promotes", "code", "suppresses", "low code"], rows, notes
+        )
 
     def token(self, word, k=8):
         """A Card of a token's recipe: its k largest codes by size, with the tokens of these signals."""
@@ -315,7 +326,7 @@ class Model:
         rows = []
         for s in recipe.abs().topk(min(k, len(recipe))).indices.tolist():
             codes = self.dictionary.codes[:, s]
-            rows.append([str(s), recipe[s].item(), self.top(codes, 4), self.top(-codes, 4)])
+            rows.append([self.label(s), recipe[s].item(), self.top(codes, 4), self.top(-codes, 4)])
         near = ", ".join(
             f"{text} {value:.2f}" for text, value in self.nearest(self.dictionary.codes, token, 5)
         )

@@ -33,6 +33,7 @@ def runs(tmp_path_factory):
     return {
         "tiny": save_run(out / "tiny", tiny(), data),
         "dense": save_run(out / "dense", tiny(vocab="dense"), data),
+        "sparse": save_run(out / "sparse", tiny(vocab="sparse", n_signal=24, n_nonzero=2, n_core=3), data),
     }
 
 
@@ -148,6 +149,22 @@ def test_the_rotated_control_has_a_mean_and_a_largest(model):
     rows = found.top(4).rows[:4]
     assert [row[3] for row in rows] == pytest.approx(control.mean(0).tolist())
     assert [row[4] for row in rows] == pytest.approx(control.max(0).values.tolist())
+
+
+def test_rotations_of_two_rows_are_those_of_the_whole_dictionary(model):
+    found = model.attribute(PROMPT)
+    generator = torch.Generator().manual_seed(reflow.N_ROTATIONS - 1)
+    whole = reflow.dictionary.rotated(model.dictionary, generator)
+    sizes = reflow.attribution.contributions(found.prediction, whole)[0].abs().topk(4).values
+    assert found.rotated(4)[-1].tolist() == pytest.approx(sizes.tolist(), rel=1e-4)
+
+
+def test_what_is_no_signal_of_a_sparse_vocabulary_says_so(runs):
+    sparse = reflow.load(runs["sparse"], "cpu")
+    assert [sparse.label(s) for s in (23, 24, 26, 27)] == ["23", "24 core", "26 core", "27 mean"]
+    shown = [row[0] for row in sparse.token("king", k=28).rows]
+    assert sorted(shown) == sorted(map(sparse.label, range(28)))
+    assert sparse.signal(27).title == "signal 27 mean"
 
 
 def test_a_plain_gpt_has_coordinates_and_says_so(runs):
