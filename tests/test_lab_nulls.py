@@ -38,7 +38,7 @@ def moved(subject, start):
     origin = dict(start.net.named_parameters())
     found = {}
     for name, weight in subject.net.named_parameters():
-        rows = {"dim": 1} if name.startswith("vocab.") else {}
+        rows = {"dim": 1} if name.startswith("vocab.") and weight.dim() == 2 else {}
         found[name] = (weight - origin[name]).detach().norm(**rows)
     return found
 
@@ -50,6 +50,46 @@ def test_noise_moves_every_weight_as_far_as_training_did_in_another_direction(la
     change = (lab.model.net.vocab.recipe - lab.step0.net.vocab.recipe).flatten()
     other = (lab.noise.net.vocab.recipe - lab.step0.net.vocab.recipe).flatten()
     assert abs(torch.cosine_similarity(change, other, dim=0)) < 0.01
+
+
+OTHERS = {
+    "topk": {"top_k": 3},
+    "gains": {"reinject": True},
+    "sparse": {"n_signal": 24, "n_nonzero": 3, "n_core": 2},
+    "dense": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_vocabulary_has_noise_and_frequencies(kind, tmp_path):
+    """Also one whose weights are not all matrices: noise is as long, and the models compute something."""
+    run = save_run(tmp_path / "run", tiny(vocab=kind, **OTHERS[kind]), corpus(tmp_path / "data"), step=3)
+    lab = open_lab(run)
+    trained, noise = moved(lab.model, lab.step0), moved(lab.noise, lab.step0)
+    for name, length in trained.items():
+        torch.testing.assert_close(noise[name], length, rtol=1e-3, atol=1e-5)
+    for subject in (lab.noise, lab.frequencies):
+        assert subject.net(torch.tensor([[1, 2, 3]]))[0].isfinite().all()
+
+
+def test_frequencies_of_sparse_recipes_exchange_each_signals_entries_among_tokens_of_like_frequency(tmp_path):
+    """How sparse recipes are stays; which signals a token has together does not."""
+    vocab = {"vocab": "sparse", "n_signal": 24, "n_nonzero": 3, "n_core": 2}
+    run = save_run(tmp_path / "run", tiny(**vocab), corpus(tmp_path / "data"), step=3)
+    lab = open_lab(run)
+    n = lab.model.net.config.n_tokens
+    ours, theirs = (subject.net.vocab.recipes()[:n, :24].detach() for subject in (lab.model, lab.frequencies))
+    assert (theirs.sort(0).values == ours.sort(0).values).all()
+    octave = np.log2(np.maximum(lab.words.counts, 0.5)).astype(int)
+    for i in np.unique(octave):
+        part = torch.from_numpy(octave == i)
+        assert (theirs[part].sort(0).values == ours[part].sort(0).values).all()
+    both = ((ours != 0).float(), (theirs != 0).float())
+    together, apart = ((part.T @ part).triu(1).sum() for part in both)
+    assert ((ours != 0) & (theirs != 0)).float().mean() < 0.5 * (ours != 0).float().mean()
+    assert apart != together, "rows have other numbers of entries"
+    rows = lab.frequencies.net.vocab.basis, lab.noise.net.vocab.basis
+    assert torch.equal(*rows), "the basis is the noise model's"
 
 
 def test_shuffled_tokens_are_the_tokens_of_the_run_in_another_order():

@@ -38,9 +38,9 @@ from configurator import UserError
 from data.datasets import is_imported
 from data.shards import Writer, user_cache
 from data.tokenizer import kept
-from experiments.lab.stats import regress_out
+from experiments.lab.stats import exchanged, regress_out
 from hardware import flops_per_token
-from model import ModelConfig
+from model import ModelConfig, SparseVocab
 
 NAMES = ("step 0", "noise", "shuffled text", "frequencies")
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -70,7 +70,8 @@ def add_noise(start, trained, generator):
     goal = dict(trained.named_parameters())
     with torch.no_grad():
         for name, weight in net.named_parameters():
-            by_row = {"dim": 1, "keepdim": True} if name.startswith("vocab.") else {}
+            is_matrix = name.startswith("vocab.") and weight.dim() == 2
+            by_row = {"dim": 1, "keepdim": True} if is_matrix else {}
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             length = (goal[name] - weight).norm(**by_row)
             weight += noise * (length / noise.norm(**by_row))
@@ -85,14 +86,17 @@ def has_substitute(ckpt):
 def frequencies(noise, trained, counts, generator):
     """A copy of the ReFlow `noise` whose rows of tokens are as frequency makes those of the ReFlow `trained`.
 
-    counts (n_tokens,): how often each token is in the text at hand.
+    counts (n_tokens,): how often each token is in the text at hand. Sparse recipes stay sparse: each signal's
+    entries are exchanged among tokens of like frequency, those of another signal in another order.
     """
     net = copy.deepcopy(noise)
+    if net.config.vocab == "sparse":
+        net = with_exchanged_entries(net, trained, counts, generator)
     log_count = np.log(np.maximum(counts, 0.5))
     goal = dict(trained.vocab.named_parameters())
     with torch.no_grad():
         for name, weight in net.vocab.named_parameters():
-            if len(weight) < len(counts):  # a basis has no rows of tokens
+            if weight.dim() < 2 or len(weight) < len(counts):  # a basis has no rows of tokens
                 continue
             rows = goal[name][: len(counts)].double().cpu()  # (n_tokens, d or S)
             left = torch.from_numpy(regress_out(rows.numpy(), log_count))
@@ -100,6 +104,18 @@ def frequencies(noise, trained, counts, generator):
             drawn *= left.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
             weight[: len(counts)] = (rows - left + drawn).to(weight)
     return net
+
+
+def with_exchanged_entries(net, trained, counts, generator):
+    """The ReFlow `net` with the sparse entries of `trained`, each signal's exchanged: see `frequencies`."""
+    config = net.config
+    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    codes = trained.vocab.recipes().detach().cpu()[:, : config.signals]  # (V, S)
+    for column in codes[: len(counts)].T:
+        column.copy_(column[torch.from_numpy(exchanged(counts, rng))])
+    core, basis = net.vocab.core.detach(), net.vocab.basis.detach()
+    tensors = SparseVocab.tensors(codes, core.cpu(), basis.cpu(), config.n_nonzero)
+    return checkpoint.with_vocab(net, config, tensors).to(basis.device)
 
 
 def steps_of(ckpt):
