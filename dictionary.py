@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from configurator import UserError
 from hardware import one_thread, side_by_side
@@ -307,8 +308,11 @@ def fit_of(rows, codes, atoms, weights):
     }
 
 
-def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
-    """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms."""
+def learn(rows, n_atoms, n_nonzero, weights, rounds, generator, report):
+    """(codes (V, S), atoms (S, d), weighted squared error) from random rows as the first atoms.
+
+    report() is called after each round.
+    """
     drawn = torch.multinomial(weights, n_atoms, generator=generator)
     atoms = torch.nn.functional.normalize(rows[drawn], dim=1)
     for i in range(rounds):
@@ -322,6 +326,7 @@ def learn(rows, n_atoms, n_nonzero, weights, rounds, generator):
             atoms[weak] = rows[missed.topk(int(weak.sum())).indices]
         if i < rounds - 1:
             atoms = torch.nn.functional.normalize(atoms, dim=1)
+        report()
     return codes, atoms, float(missed.sum())
 
 
@@ -343,9 +348,11 @@ def sparse(E, n_atoms, n_nonzero, weights=None, seed=0, starts=3, rounds=20, mos
         raise UserError(f"{n_atoms} atoms need as many rows with a weight, E has {n_rows}")
     some = weights.topk(min(most or len(rows), len(rows))).indices.sort().values
     found = []
+    bar = tqdm(total=starts * rounds, desc="dictionary", unit="round", disable=None, leave=False)
     for start in range(starts):
         generator = torch.Generator().manual_seed(seed * 1000 + start)
-        found.append(learn(rows[some], n_atoms, n_nonzero, weights[some], rounds, generator))
+        found.append(learn(rows[some], n_atoms, n_nonzero, weights[some], rounds, generator, bar.update))
+    bar.close()
     codes, atoms, _ = best = min(found, key=lambda part: part[2])
     if len(some) < len(rows):
         atoms = torch.nn.functional.normalize(atoms, dim=1)

@@ -36,7 +36,6 @@ from typing import Literal
 import threads
 import torch
 from safetensors.torch import save as save_tensors
-from tqdm import tqdm
 
 import checkpoint
 import configurator
@@ -95,7 +94,7 @@ def sparse_codes(E, H, p, c):
     seen = rows_of(E, H, p)
     how = (c.n_signal or 4 * E.size(1), c.n_nonzero, seen.weights, c.seed, c.starts, c.rounds, SAMPLE)
     found = dictionary.sparse(seen.rows, *how)
-    print(f"dictionary: {', '.join(f'{name} {value:.4g}' for name, value in found.fit.items())}")
+    print(f"dictionary: {', '.join(f'{key} {value:.4g}' for key, value in found.fit.items())}", flush=True)
     return {"mean": seen.mean, "codes": found.codes, "atoms": found.atoms @ seen.back}
 
 
@@ -181,15 +180,17 @@ class Distillation:
             first, rates = self.restore(path, adam)
         order = self.order(n_steps, whole)
         what = "distilling the whole" if whole else "distilling the output"
-        bar = tqdm(range(first, n_steps), what, n_steps, initial=first, disable=None)
-        for step in bar:
+        found = []  # KL of each step since the last line
+        for step in range(first, n_steps):
             for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / n_steps)) / 2
-            bar.set_postfix_str(f"KL {self.loss(order[step], whole):.4f}")
+            found.append(self.loss(order[step], whole))
             adam.step()
             adam.zero_grad(set_to_none=True)
             if (step + 1) % SAVED == 0 or step + 1 == n_steps:
                 self.save(path, adam, step + 1, rates)
+                print(f"{what}: step {step + 1} of {n_steps}, KL {sum(found) / len(found):.4f}", flush=True)
+                found.clear()
 
     def save(self, path, adam, step, rates):
         """Write all that `restore` needs to the file `path`."""
@@ -278,7 +279,7 @@ def upcycle(c, ckpt, to):
         now = {quantity: values.mean().item() for quantity, values in found.items()}
         now["bits per byte"] = now["loss"] * test.tokens / test.bytes / math.log(2)
         rows[name] = now
-        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in now.items())}")
+        print(f"{name}: {', '.join(f'{key} {value:.4f}' for key, value in now.items())}", flush=True)
         return now
 
     if c.keep_rest:
