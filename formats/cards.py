@@ -13,6 +13,7 @@ from data.datasets import dataset_of
 from data.shards import read_name
 
 CORPORA = {"sotu": None, "offline": None, "openwebtext": "Skylion007/openwebtext"}  # of data/: id on the hub
+PACKAGED = {"smollm2": ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")}  # licence, id on the hub
 CARD = """\
 {header}# {title}
 
@@ -65,9 +66,10 @@ def describe_vocabulary(config):
     """A phrase for the vocabulary of a ModelConfig."""
     if config.vocab == "dense":
         return "its vocabulary one dense matrix"
+    core = f" and a dense core of rank {config.n_core}" if config.n_core else ""
     more = {
         "topk": f", {config.top_k} to a token",
-        "sparse": f", {config.n_nonzero} to a token on average, beside a dense core of rank {config.n_core}",
+        "sparse": f", {config.n_nonzero} to a token on average, beside a mean{core}",
         "gains": " with gains of their own at the input",
     }
     return f"its vocabulary a product of recipes and {config.signals} signals{more.get(config.vocab, '')}"
@@ -77,12 +79,26 @@ def describe_origin(ckpt):
     """Where a Checkpoint's weights come from; with the licence of the training text, if that is known."""
     train = ckpt.train_config
     if "imported_from" in train:
-        return f"Imported from `{train['imported_from']}`."
+        return f"Imported from `{train['imported_from']}`.{describe_upcycling(ckpt)}"
     origin = f"Trained on `{train.get('dataset')}`, {ckpt.step:,} steps."
     licence = text_licence(ckpt)
     if licence:
         origin += f" Licence of its texts, in the words of the dataset's `meta.json`: {licence.rstrip('.')}."
     return origin
+
+
+def describe_upcycling(ckpt):
+    """What sparse recipes have cost a model that had others, as upcycle.py measured it; "" if it has none."""
+    if "upcycled" not in ckpt.state:
+        return ""
+    how, rows = (ckpt.state["upcycled"][key] for key in ("settings", "measured"))
+    costs = [row["KL"] for row in rows.values() if isinstance(row, dict) and "KL" in row]
+    on = f"held-out text of `{Path(how['test'] or how['dataset'] or 'sotu').name}`"
+    text = f"`{Path(how['dataset'] or 'sotu').name}`"
+    return (
+        f" Its recipes are by upcycle.py, from text of {text}. They change its predictions by a KL of"
+        f" {costs[-1]:.3f} nats per token on {on}."
+    )
 
 
 def text_licence(ckpt):
@@ -100,6 +116,11 @@ def trained_here(ckpt):
     """Whether a Checkpoint was trained here, from scratch, on a corpus of data/, all of which are English."""
     train = ckpt.train_config
     return corpus_of(ckpt) in CORPORA and not (train.get("imported_from") or train.get("init_from"))
+
+
+def packaged(ckpt):
+    """(licence, id on the hub) of a Checkpoint imported from a package that is known here; (None, None)."""
+    return PACKAGED.get((ckpt.train_config.get("imported_from") or "").partition(":")[0], (None, None))
 
 
 def losses(ckpt):
@@ -122,11 +143,12 @@ def metadata(ckpt, name, form):
         "dataset": {"type": corpus or dataset, "name": dataset, "split": "validation"},
         "metrics": [{"type": key, "name": named[key], "value": round(v, 4)} for key, v in values.items()],
     }
-    data = {"license": "mit" if own else "unknown"}
+    licence, origin = packaged(ckpt)
+    data = {"license": "mit" if own else licence or "unknown"}
     if own:
         data["language"] = ["en"]
         data["datasets"] = [corpus] if corpus else None
-    data["base_model"] = base_model(train.get("imported_from") or "")
+    data["base_model"] = origin or base_model(train.get("imported_from") or "")
     data["library_name"] = "transformers" if form == "llama" else "reflow"
     data["pipeline_tag"] = "text-generation"
     data["tags"] = ["reflow", "interpretability"] + ["llama"] * (form == "llama")
@@ -171,7 +193,9 @@ def model_card(ckpt, net, to, form, dtype, base=None):
         "tokenizer": ckpt.state.get("tokenizer", "gpt2").replace("gpt2", "GPT-2"),
         "parameters": sum(p.numel() for p in net.parameters()),
         "origin": describe_origin(ckpt),
-        "licence": "MIT" if trained_here(ckpt) else "not known here; state it before you share them",
+        "licence": "MIT"
+        if trained_here(ckpt)
+        else packaged(ckpt)[0] or "not known here; state it before you share them",
         "loss": measured["loss"],
         "bits": measured["bits_per_byte"],
         "rounded": "" if dtype == "fp32" else ", before the weights were rounded",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from configurator import UserError
-from data.datasets import COUNTS, dataset_of, token_counts
+from data.datasets import COUNTS, dataset_of, is_imported, token_counts
 from data.tokenizer import kept
 from files import file_sha256
 from formats.cards import model_card, text_licence
@@ -39,6 +39,7 @@ def write_release(ckpt, to, dtype="fp32", base=None):
         save_file(weights, folder / "model.safetensors")
         write_counts(ckpt, folder)
         state = {key: ckpt.state.get(key) for key in KEPT}
+        state |= {key: ckpt.state[key] for key in ("upcycled",) if key in ckpt.state}
         tokenizer = kept(ckpt.path, ckpt.state)
         state |= tokenizer.entry
         for name, content in tokenizer.files.items():
@@ -77,6 +78,8 @@ def write_counts(ckpt, folder):
     """Write how often each token was in training, (n_tokens,) int32: experiments leave out what was rare."""
     if (ckpt.path / COUNTS).exists():  # a release of a release
         shutil.copyfile(ckpt.path / COUNTS, folder / COUNTS)
+        return
+    if is_imported(ckpt.state):  # its training text is not known: counts of another one would pass for it
         return
     dataset = dataset_of(ckpt.state)
     if dataset is None:

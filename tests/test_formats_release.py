@@ -71,6 +71,7 @@ def test_a_release_with_a_base_has_only_what_is_its_own(tmp_path, monkeypatch):
     for name, weight in own.state_dict().items():
         ours = name.startswith("vocab.") and weight.is_floating_point()
         assert torch.equal(found.state_dict()[name], weight.half().float() if ours else weight), name
+    assert not (to / "counts.safetensors").exists(), "the training text of an imported model is not known"
     go(f"--run={to}", "--prompt=a", "--max_new_tokens=2", main=sample.main)
     assert "--from=smollm2 --to=out/base" in (to / "README.md").read_text(encoding="utf-8")
 

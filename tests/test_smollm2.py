@@ -9,11 +9,13 @@ import torch
 import checkpoint
 from configurator import UserError
 from data.sotu.prepare import embedded
+from data.tokenizer import kept
 from export import validation
 from formats.gguf import bundled, read_gguf
 
 WINDOWS, LENGTH = 4, 256  # of the embedded corpus
 NEW_TOKENS = 64
+RELEASE = checkpoint.RELEASES / "smollm2-signals"
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,25 @@ def test_64_greedy_tokens_are_those_of_transformers(ours, theirs):
     expected = theirs.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
     assert found == expected, tokenizer.decode(found)
     assert "curvature of spacetime" in tokenizer.decode(found)
+
+
+@torch.no_grad()
+def test_the_released_recipes_are_close_to_the_model_and_few():
+    """The release of sparse recipes takes its blocks from out/smollm2, which `make smollm2` makes."""
+    try:
+        base = checkpoint.open_run("out/smollm2")
+        found = checkpoint.open_run(RELEASE)
+        net, own = base.load_model(), found.load_model()
+    except UserError as error:
+        pytest.skip(str(error))
+    n, tokenizer = net.config.n_tokens, kept(base.path, base.state)
+    recipes = own.vocab.recipes()[:n]
+    assert (recipes[:, :-1] != 0).sum(1).float().mean() <= 64 and (recipes[:, -1] == 1).all()
+    E = own.vocab.matrix()[:n]
+    torch.testing.assert_close(recipes @ own.vocab.basis, E, rtol=1e-3, atol=1e-4)
+    text = validation(embedded(tokenizer), tokenizer, LENGTH, "SmolLM2")
+    kl = []
+    for x in text.windows(0, WINDOWS)[0]:
+        log_p, log_q = (model(x[None])[0][0, :, :n].log_softmax(-1) for model in (net, own))  # (T, n)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert 0.01 < torch.stack(kl).mean() < 0.5
