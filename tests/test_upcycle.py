@@ -1,5 +1,7 @@
 """upcycle.py gives a dense model sparse recipes: the same function, or one that distillation brings near."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ import checkpoint
 import dictionary
 import upcycle
 from configurator import UserError
+from data.datasets import mean_loss, text_folder
+from data.shards import Dataset
+from formats.cards import model_card
 from tests.lab_fixtures import averaging, corpus, save_run, tiny
 
 SMALL = ["--n_signal=32", "--n_nonzero=4", "--rounds=4", "--starts=1", "--device=cpu", "--dtype=fp32"]
@@ -73,6 +78,14 @@ def test_distillation_brings_the_sparse_model_nearer(dense, tmp_path, monkeypatc
     before = checkpoint.open_run(dense).load_model()
     assert torch.equal(net.blocks[0].attn.q.weight, before.blocks[0].attn.q.weight)
     assert net.config.n_core == 0 and "wrote" in capsys.readouterr().out
+
+    found = checkpoint.open_run(tmp_path / "near")
+    text = Dataset(text_folder(found.path, found.state), "val", net.config.block_size)
+    loss = mean_loss(net, text, upcycle.SEQUENCES, 1, torch.device("cpu"))
+    assert found.state["val_loss"] == pytest.approx(loss, rel=1e-5)
+    state = found.state | {"config": found.state["config"] | {"train": {"imported_from": "smollm2: file"}}}
+    card = model_card(replace(found, state=state), net, tmp_path / "card", "reflow", "fp16")
+    assert f"by a KL of {whole['KL']:.3f} nats per token on held-out text" in card
 
 
 def test_a_stopped_command_goes_on_to_the_same_bits(dense, tmp_path, monkeypatch):
