@@ -21,6 +21,7 @@ from hardware import DTYPES
 
 LOSSES = ("val_loss", "best_val_loss", "whole_val_loss", "bits_per_byte")
 KEPT = ("step", "config", "data_sha256", "dtype", *LOSSES)  # of state.json
+OWN = ("chat_template", "end_of_turn", "upcycled")  # what some models have there
 
 
 def write_release(ckpt, to, dtype="fp32", base=None):
@@ -39,7 +40,7 @@ def write_release(ckpt, to, dtype="fp32", base=None):
         save_file(weights, folder / "model.safetensors")
         write_counts(ckpt, folder)
         state = {key: ckpt.state.get(key) for key in KEPT}
-        state |= {key: ckpt.state[key] for key in ("upcycled",) if key in ckpt.state}
+        state |= {key: ckpt.state[key] for key in OWN if key in ckpt.state}
         tokenizer = kept(ckpt.path, ckpt.state)
         state |= tokenizer.entry
         for name, content in tokenizer.files.items():

@@ -64,7 +64,11 @@ def test_a_release_with_a_base_has_only_what_is_its_own(tmp_path, monkeypatch):
         getattr(own, part).load_state_dict(getattr(dense, part).state_dict())
     base = save(dense, tmp_path / "out" / "base", imported_from="smollm2: some/file.gguf")
     run, to = save(own, tmp_path / "run"), tmp_path / "release"
+    path = run / "step_000000" / "state.json"
+    chat = {"chat_template": "{{ messages }}", "end_of_turn": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | chat))
     go(f"--run={run}", "--form=reflow", "--dtype=fp16", f"--base={base}", f"--to={to}")
+    assert chat.items() <= checkpoint.read_state(to).items()
     written = checkpoint.load_tensors(to / "model.safetensors")
     assert set(written) == {name for name in own.state_dict() if name.startswith("vocab.")}
     found, _ = checkpoint.load_model(checkpoint.find(to), verified=True)
