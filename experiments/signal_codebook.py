@@ -101,7 +101,7 @@ def column_shapes(codes, log_frequency):
     x = codes - codes.mean(0)
     skew = (x**3).mean(0) / np.maximum((x**2).mean(0) ** 1.5, 1e-30)
     excess = kurtosis(codes.T)
-    flat = np.where((skew**2 + 1) / (excess + 3) > 5 / 9, "partition", "diffuse")
+    flat = np.where((skew**2 + 1) / np.maximum(excess + 3, 1) > 5 / 9, "partition", "diffuse")
     sharp = np.where(skew > 0, "prediction", "suppression")
     kind = np.where(excess > 3, sharp, flat)
     return {"Spearman with log frequency": spearman, "skew": skew, "excess kurtosis": excess, "class": kind}

@@ -78,9 +78,12 @@ def test_columns_have_the_class_of_their_shape():
     sharp = rng.normal(size=2000) + 8 * (np.arange(2000) < 20)
     two = rng.normal(size=2000) + 8 * (np.arange(2000) < 1000)
     plain = rng.normal(size=2000)
-    columns = np.stack([sharp, -sharp, two, plain], axis=1)
-    shapes = signal_codebook.column_shapes(columns, -np.exp(plain))
-    assert list(shapes["class"]) == ["prediction", "suppression", "partition", "diffuse"]
+    constant = np.full(2000, 0.3)  # the mean of a sparse vocabulary
+    columns = np.stack([sharp, -sharp, two, plain, constant], axis=1)
+    with np.errstate(all="raise"):
+        shapes = signal_codebook.column_shapes(columns, -np.exp(plain))
+    assert list(shapes["class"][:4]) == ["prediction", "suppression", "partition", "diffuse"]
+    assert all(np.isfinite(values).all() for key, values in shapes.items() if key != "class")
     spearman = shapes["Spearman with log frequency"]
     assert spearman[3] == pytest.approx(-1) and abs(spearman[0]) < 0.1
 

@@ -128,7 +128,7 @@ def gini(rows):
 
 
 def kurtosis(rows):
-    """Excess kurtosis of rows (n, S), 0 for a Gaussian, (n,)."""
+    """Excess kurtosis of rows (n, S), 0 for a Gaussian, -3 for a constant row, (n,)."""
     x = rows - rows.mean(1, keepdims=True)
     square = x * x  # x**4 takes ten times as long
-    return (square * square).mean(1) / square.mean(1) ** 2 - 3
+    return (square * square).mean(1) / np.maximum(square.mean(1) ** 2, 1e-30) - 3
