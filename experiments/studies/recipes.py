@@ -61,13 +61,13 @@ BEFORE = 12  # tokens of a context
 class RecipesConfig:
     text: str | None = None  # a prepared data set in the run's tokens to take statistics of; None: the lab's
     tokens: int = 131_072  # of it
-    budgets: str = "32,64,128"  # entries a row, with commas
+    budgets: str = "32,64"  # entries a row, with commas
     n_signal: int | None = None  # atoms; None: 4 n_embd
-    starts: int = 2  # random starts of the learned dictionary
-    rounds: int = 12  # of it
-    windows: int = 48  # of held-out text
+    starts: int = 1  # random starts of the learned dictionary
+    rounds: int = 8  # of it
+    windows: int = 32  # of held-out text
     length: int = 128  # tokens of a window
-    steps: int = 2000  # of the autoencoder
+    steps: int = 1000  # of the autoencoder
 
     def __post_init__(self):
         self.n_entries = sorted({int(n) for n in self.budgets.split(",") if n.strip().isdigit()})
