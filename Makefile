@@ -36,6 +36,7 @@ smollm2: .venv/run
 	@echo
 	$(BIN)/python sample.py --run=out/smollm2 --prompt="Gravity is" --num_samples=1
 	$(BIN)/python sample.py --run=out/smollm2 --prompt="Why is the sky blue?" --num_samples=1 --chat
+	$(BIN)/python reflow.py why "The poet wrote a" --run=release/smollm2-signals
 	$(BIN)/python experiments/run_all.py --run=out/smollm2
 	@echo
 	$(BIN)/python experiments/report.py --run=out/smollm2
