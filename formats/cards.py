@@ -93,11 +93,10 @@ def describe_upcycling(ckpt):
         return ""
     how, rows = (ckpt.state["upcycled"][key] for key in ("settings", "measured"))
     costs = [row["KL"] for row in rows.values() if isinstance(row, dict) and "KL" in row]
-    on = f"held-out text of `{Path(how['test'] or how['dataset'] or 'sotu').name}`"
-    text = f"`{Path(how['dataset'] or 'sotu').name}`"
+    text = how["dataset"] or ckpt.train_config.get("dataset", "sotu")
     return (
-        f" Its recipes are by upcycle.py, from text of {text}. They change its predictions by a KL of"
-        f" {costs[-1]:.3f} nats per token on {on}."
+        f" Its recipes are by upcycle.py, from text of `{Path(text).name}`. They change its predictions by a"
+        f" KL of {costs[-1]:.3f} nats per token on held-out text of `{Path(how['test'] or text).name}`."
     )
 
 
@@ -123,6 +122,11 @@ def packaged(ckpt):
     return PACKAGED.get((ckpt.train_config.get("imported_from") or "").partition(":")[0], (None, None))
 
 
+def weights_licence(ckpt):
+    """Licence of a Checkpoint's weights; None if nobody here knows it."""
+    return "MIT" if trained_here(ckpt) else packaged(ckpt)[0]
+
+
 def losses(ckpt):
     """{"loss": nats per token, "bits_per_byte": ...} on held-out text, the whole split's if that is known."""
     return {
@@ -143,12 +147,11 @@ def metadata(ckpt, name, form):
         "dataset": {"type": corpus or dataset, "name": dataset, "split": "validation"},
         "metrics": [{"type": key, "name": named[key], "value": round(v, 4)} for key, v in values.items()],
     }
-    licence, origin = packaged(ckpt)
-    data = {"license": "mit" if own else licence or "unknown"}
+    data = {"license": (weights_licence(ckpt) or "unknown").lower()}
     if own:
         data["language"] = ["en"]
         data["datasets"] = [corpus] if corpus else None
-    data["base_model"] = origin or base_model(train.get("imported_from") or "")
+    data["base_model"] = packaged(ckpt)[1] or base_model(train.get("imported_from") or "")
     data["library_name"] = "transformers" if form == "llama" else "reflow"
     data["pipeline_tag"] = "text-generation"
     data["tags"] = ["reflow", "interpretability"] + ["llama"] * (form == "llama")
@@ -193,9 +196,7 @@ def model_card(ckpt, net, to, form, dtype, base=None):
         "tokenizer": ckpt.state.get("tokenizer", "gpt2").replace("gpt2", "GPT-2"),
         "parameters": sum(p.numel() for p in net.parameters()),
         "origin": describe_origin(ckpt),
-        "licence": "MIT"
-        if trained_here(ckpt)
-        else packaged(ckpt)[0] or "not known here; state it before you share them",
+        "licence": weights_licence(ckpt) or "not known here; state it before you share them",
         "loss": measured["loss"],
         "bits": measured["bits_per_byte"],
         "rounded": "" if dtype == "fp32" else ", before the weights were rounded",

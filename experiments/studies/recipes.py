@@ -165,6 +165,8 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
     for name, own in atoms.items():
         codes_of = dictionary.encodings(seen.rows, own, c.n_entries, seen.weights)
         for n, codes in zip(c.n_entries, codes_of, strict=True):
+            if (name, n) == ("learned", c.sizes(seen.rows.size(1))[1]):
+                learned = Dictionary(name, codes, own @ seen.back)
             E = seen.matrix(codes, own)
             found = recoding.measure(net, h, E, held, contextlib.nullcontext)
             kl[n][name] = found["KL"].numpy()
@@ -181,8 +183,6 @@ def run(lab: Lab, c: RecipesConfig) -> Report:
     report.effect("halves", Scores({"native": own, "Gaussian": null}), "atoms")
     report.numbers["KL"] = {n: part.means() for n, part in scores.items()}
     report.numbers["halves"] = {"match": float(own.mean()), "above .9": float((own > 0.9).mean())}
-    codes = dictionary.encode(seen.rows, atoms["learned"], c.sizes(seen.rows.size(1))[1], seen.weights)
-    learned = Dictionary("learned", codes, atoms["learned"] @ seen.back)
     alike = np.min([partners(atoms["learned"], part) for part in parts], axis=0)
     report.numbers["gallery"] = gallery(lab, learned, alike, held[:, :-1], h)
     report.numbers["examples"] = examples(lab, learned)
@@ -195,7 +195,7 @@ def gallery(lab, d, alike, windows, h):
 
     alike (S,): how close an atom's partners in two halves are. h (n, T, d): final states of windows (n, T).
     """
-    energy = to_numpy((d.codes[lab.words.known_tokens()] ** 2).sum(0)) * to_numpy(d.atoms.norm(dim=1)) ** 2
+    energy = to_numpy((d.codes[lab.words.known_tokens()] ** 2).sum(0))  # (S,)
     chosen = {
         "strongest": np.argsort(-energy)[:N_SHOWN],
         "most alike in two halves": np.argsort(-alike)[:N_SHOWN],
@@ -237,7 +237,7 @@ def examples(lab, d):
         token = lab.words.known(word, 0)
         if token is None:
             continue
-        part = (d.codes[token] * d.atoms.norm(dim=1)) ** 2
+        part = d.codes[token] ** 2  # (S,)
         found[word] = [
             {
                 "signal": s,
